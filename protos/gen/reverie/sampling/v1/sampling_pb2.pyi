@@ -171,6 +171,7 @@ class SampledImage(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_FIELD_NUMBER: _builtins.int
     image_index: _builtins.int
     """Index of the picture in the request, from 0."""
     width: _builtins.int
@@ -179,6 +180,8 @@ class SampledImage(_message.Message):
     """Height in pixels, as asked for."""
     seed: _builtins.int
     """The seed that drew it."""
+    download_url: _builtins.str
+    """Where to download it from without credentials; valid for one hour."""
     @_builtins.property
     def image(self) -> _common_pb2.ObjectRef:
         """The PNG in the store."""
@@ -191,10 +194,11 @@ class SampledImage(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         seed: _builtins.int = ...,
+        download_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "image", b"image", "image_index", b"image_index", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_url", b"download_url", "height", b"height", "image", b"image", "image_index", b"image_index", "seed", b"seed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
