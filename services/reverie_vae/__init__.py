@@ -1,0 +1,1 @@
+"""The VAE service: image files in, references to latents out, and back to PNG files."""
