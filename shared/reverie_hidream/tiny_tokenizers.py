@@ -46,9 +46,9 @@ def t5_tokenizer(lines: Sequence[str], *, model_max_length: int) -> T5Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
     )
-    special = ["<pad>", "</s>", "<unk>"]
+    special = ["<pad>", "</s>", unknown := "<unk>"]
     trainer = trainers.UnigramTrainer(
-        vocab_size=T5_VOCABULARY_SIZE, special_tokens=special, unk_token="<unk>", show_progress=False
+        vocab_size=T5_VOCABULARY_SIZE, special_tokens=special, unk_token=unknown, show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
     return T5Tokenizer(vocab=_stable_pieces(tokenizer, special), extra_ids=0, model_max_length=model_max_length)
@@ -82,7 +82,7 @@ def llama_tokenizer(lines: Sequence[str], *, model_max_length: int) -> PreTraine
 def _clip_merges(lines: Sequence[str]) -> list[tuple[str, str]]:
     """Learn merges with each word's last letter written as one private character instead of `<letter></w>`.
 
-    The trainer's own end_of_word_suffix numbers the letters in hash order, which breaks ties differently in each process.
+    The trainer's own end_of_word_suffix numbers letters in hash order: ties would break differently in each process.
     """
     alphabet = _byte_alphabet()
     last = {letter: chr(_PRIVATE_USE + index) for index, letter in enumerate(alphabet)}

@@ -5,6 +5,7 @@ not matter. Scales keep activations and gradients of order one through every blo
 """
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -29,13 +30,12 @@ def draw_weights(module: nn.Module, *, seed: int, component: str) -> None:
 @torch.no_grad()
 def shape_posterior(vae: nn.Module) -> None:
     """Make the encoder's posterior look like a trained one: latents of deviation about 2.8, narrow variance."""
-    convolution = vae.encoder.conv_out
-    assert isinstance(convolution, nn.Conv2d)
-    assert convolution.bias is not None
-    channels = convolution.out_channels // 2
-    convolution.weight[:channels] *= LATENT_DEVIATION
-    convolution.weight[channels:] *= 0.1
-    convolution.bias[channels:] += LOG_VARIANCE_CENTRE
+    weight = vae.get_parameter("encoder.conv_out.weight")
+    bias = vae.get_parameter("encoder.conv_out.bias")
+    channels = len(bias) // 2
+    weight[:channels] *= LATENT_DEVIATION
+    weight[channels:] *= 0.1
+    bias[channels:] += LOG_VARIANCE_CENTRE
 
 
 def _normal(label: str, shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -47,5 +47,5 @@ def _scaled(values: torch.Tensor, name: str, *, is_embedding: bool) -> torch.Ten
     if is_embedding:
         return values * 0.5
     if values.ndim >= 2:
-        return values / values[0].numel() ** 0.5
+        return values / math.sqrt(values[0].numel())
     return values * 0.05 if name.endswith("bias") else 1.0 + values * 0.05
