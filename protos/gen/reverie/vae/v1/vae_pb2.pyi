@@ -33,7 +33,7 @@ class _RejectionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejec
     REJECTION_REASON_EMPTY: _RejectionReason.ValueType  # 2
     """Zero bytes."""
     REJECTION_REASON_NOT_AN_IMAGE: _RejectionReason.ValueType  # 3
-    """Not an image format that Reverie reads (JPEG, PNG, WebP, BMP, TIFF)."""
+    """Not an image that Reverie reads: JPEG, PNG, WebP, BMP, TIFF or single-frame GIF, of a mode that has an 8-bit RGB form."""
     REJECTION_REASON_CORRUPT: _RejectionReason.ValueType  # 4
     """The file ends early or its data are damaged."""
     REJECTION_REASON_TOO_MANY_PIXELS: _RejectionReason.ValueType  # 5
@@ -42,6 +42,8 @@ class _RejectionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejec
     """More than one frame."""
     REJECTION_REASON_DIGEST_MISMATCH: _RejectionReason.ValueType  # 7
     """The stored bytes do not match the digest of the reference."""
+    REJECTION_REASON_TOO_MANY_BYTES: _RejectionReason.ValueType  # 8
+    """A file over 256 MiB."""
 
 class RejectionReason(_RejectionReason, metaclass=_RejectionReasonEnumTypeWrapper):
     """Why an image cannot be used."""
@@ -53,7 +55,7 @@ REJECTION_REASON_MISSING: RejectionReason.ValueType  # 1
 REJECTION_REASON_EMPTY: RejectionReason.ValueType  # 2
 """Zero bytes."""
 REJECTION_REASON_NOT_AN_IMAGE: RejectionReason.ValueType  # 3
-"""Not an image format that Reverie reads (JPEG, PNG, WebP, BMP, TIFF)."""
+"""Not an image that Reverie reads: JPEG, PNG, WebP, BMP, TIFF or single-frame GIF, of a mode that has an 8-bit RGB form."""
 REJECTION_REASON_CORRUPT: RejectionReason.ValueType  # 4
 """The file ends early or its data are damaged."""
 REJECTION_REASON_TOO_MANY_PIXELS: RejectionReason.ValueType  # 5
@@ -62,6 +64,8 @@ REJECTION_REASON_ANIMATED: RejectionReason.ValueType  # 6
 """More than one frame."""
 REJECTION_REASON_DIGEST_MISMATCH: RejectionReason.ValueType  # 7
 """The stored bytes do not match the digest of the reference."""
+REJECTION_REASON_TOO_MANY_BYTES: RejectionReason.ValueType  # 8
+"""A file over 256 MiB."""
 Global___RejectionReason: _TypeAlias = RejectionReason  # noqa: Y015
 
 @_typing.final
