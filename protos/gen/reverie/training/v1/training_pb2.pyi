@@ -1221,6 +1221,7 @@ class CompleteJobRequest(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    LYCORIS_CONFIG_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease."""
     outcome: Global___WorkerOutcome.ValueType
@@ -1237,6 +1238,10 @@ class CompleteJobRequest(_message.Message):
     def metrics(self) -> _common_pb2.ObjectRef:
         """The metrics of every step, a JSON object a line, on success."""
 
+    @_builtins.property
+    def lycoris_config(self) -> _common_pb2.ObjectRef:
+        """The adapter's LyCORIS configuration as a JSON file, on success."""
+
     def __init__(
         self,
         *,
@@ -1245,10 +1250,11 @@ class CompleteJobRequest(_message.Message):
         failure: _job_pb2.JobFailure | None = ...,
         adapter: _common_pb2.ObjectRef | None = ...,
         metrics: _common_pb2.ObjectRef | None = ...,
+        lycoris_config: _common_pb2.ObjectRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "metrics", b"metrics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "lycoris_config", b"lycoris_config", "metrics", b"metrics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "lease_id", b"lease_id", "metrics", b"metrics", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "lease_id", b"lease_id", "lycoris_config", b"lycoris_config", "metrics", b"metrics", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
