@@ -1,0 +1,48 @@
+"""What a process needs around its work: the environment of its children, and one way to end on an error."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from reverie_common.errors import ReverieError
+
+logger = logging.getLogger(__name__)
+
+# glibc returns every buffer of 32 MiB or more to the kernel and pays 0.5 s of page faults per GB to have it back. With
+# these, measured: protobuf messages of 16 MiB 2.6-6 times faster, decoding a 12 MP photograph 75 -> 40 ms. The price is
+# that resident memory stays at its high-water mark.
+MALLOC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "MALLOC_MMAP_THRESHOLD_": "1073741824",
+        "MALLOC_TRIM_THRESHOLD_": "4294967296",
+        "MALLOC_TOP_PAD_": "67108864",
+        "MALLOC_ARENA_MAX": "1",
+    }
+)
+
+
+def run_process(main: Coroutine[Any, Any, None]) -> None:
+    """Run a process's main coroutine; end with status 1 and one log line on a ReverieError, 130 on Ctrl-C.
+
+    An error of any other class is a bug and keeps its trace.
+    """
+    try:
+        asyncio.run(main)
+    except ReverieError as error:
+        log_fatal(error)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def log_fatal(error: ReverieError) -> None:
+    """Write the one line that says why this process ends: the message, the reason and every wrong field."""
+    fields = "".join(f"; {violation.field}: {violation.description}" for violation in error.violations)
+    logger.error("%s%s", error.message, fields, extra={"reason": error.reason, **_safe_extra(error.metadata)})
+
+
+def _safe_extra(metadata: Mapping[str, str]) -> dict[str, str]:
+    # logging refuses extra fields that are named like its own, such as "name" and "message".
+    return {f"error_{key}": value for key, value in metadata.items()}
