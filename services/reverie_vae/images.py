@@ -11,7 +11,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -273,7 +273,9 @@ def _decode_with_pillow(image: Image.Image, body: bytes, *, strict: bool = True)
     try:
         if strict:
             _find_silent_damage(image, body)
-        image.load()
+        # A TIFF file's tags are read again here, with warnings; the lock that silences them costs the rare format only.
+        with _silent_warnings() if image.format == "TIFF" else nullcontext():
+            image.load()
     except _DAMAGE as error:
         raise _corrupt(error) from error
     return _to_rgb(_transposed(image))

@@ -1,0 +1,6 @@
+"""What services need to serve many callers with one model: micro-batches, and one computation per distinct question."""
+
+from reverie_common.concurrency.batching import BatchLimits, BatchObserver, MicroBatcher
+from reverie_common.concurrency.single_flight import SingleFlight
+
+__all__ = ["BatchLimits", "BatchObserver", "MicroBatcher", "SingleFlight"]
