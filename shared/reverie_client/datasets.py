@@ -1,0 +1,141 @@
+"""Datasets: pictures and captions under a name."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+from reverie.common.v1.common_pb2 import ObjectRef
+from reverie.training.v1 import training_pb2 as pb
+from reverie.training.v1.training_pb2_grpc import DatasetServiceStub
+
+from reverie_client.calls import CallPolicy, all_pages, call, new_request_id, repeated, stream
+from reverie_client.errors import UrlExpiredError
+from reverie_client.folder import LocalFolder, read_folders
+from reverie_client.transfer import OnProgress, Transfers, Upload, ignore_progress, sha256_of
+
+MAX_FILES_PER_CALL = 1000
+MAX_PART_BYTES = 1 << 20
+"""Samples are sent in messages of about this size; the limit of a message is 4 MiB."""
+
+
+class Datasets:
+    """`reverie.datasets`: every RPC of DatasetService, and the upload of folders."""
+
+    def __init__(self, channel: grpc.aio.Channel, policy: CallPolicy) -> None:
+        """Call the DatasetService behind `channel`."""
+        self._stub = DatasetServiceStub(channel)
+        self._policy = policy
+
+    async def create(self, name: str, *, request_id: str | None = None) -> pb.Dataset:
+        """Create an empty dataset. Raises AlreadyExistsError, InvalidArgumentError."""
+        request = pb.CreateDatasetRequest(name=name, request_id=new_request_id(request_id))
+        return (await call(self._stub.CreateDataset, request, self._policy)).dataset
+
+    async def upload(
+        self,
+        name: str,
+        folders: Sequence[Path],
+        *,
+        needs_captions: bool = True,
+        on_progress: OnProgress = ignore_progress,
+    ) -> pb.AddSamplesResponse:
+        """Read folders of pictures and captions, send what the store lacks, and add all of it to a dataset.
+
+        May be repeated: what was sent is not sent again. Raises InvalidArgumentError with every problem of the folders,
+        NotFoundError for an unknown dataset, TransferError.
+        """
+        local = await asyncio.to_thread(read_folders, folders, needs_captions=needs_captions)
+        return await self.upload_folder(name, local, on_progress=on_progress)
+
+    async def upload_folder(
+        self, name: str, local: LocalFolder, *, on_progress: OnProgress = ignore_progress
+    ) -> pb.AddSamplesResponse:
+        """Send folders that were read before, as `upload` does."""
+        await self.get(name)
+        files = {sample.sha256: sample.path for sample in local.samples}
+        images = await self.send_files(files, on_progress=on_progress)
+        return await self.add(
+            name,
+            [
+                pb.Sample(name=sample.name, image=images[sample.sha256], captions=sample.captions)
+                for sample in local.samples
+            ],
+        )
+
+    async def send_files(
+        self, files: dict[str, Path], *, on_progress: OnProgress = ignore_progress
+    ) -> dict[str, ObjectRef]:
+        """Bring files (by sha256) to the store and return their references; what is there is not sent again."""
+        try:
+            return await self._send_once(files, on_progress)
+        except UrlExpiredError:  # a long upload outlives its URLs; what is done is not sent again
+            return await self._send_once(files, on_progress)
+
+    async def send_file(self, path: Path) -> ObjectRef:
+        """Bring one file to the store and return its reference."""
+        digest = await asyncio.to_thread(sha256_of, path)
+        return (await self.send_files({digest: path}))[digest]
+
+    async def _send_once(self, files: dict[str, Path], on_progress: OnProgress) -> dict[str, ObjectRef]:
+        asked = [pb.FileDigest(sha256=digest, size_bytes=path.stat().st_size) for digest, path in files.items()]
+        places: list[pb.Upload] = []
+        for start in range(0, len(asked), MAX_FILES_PER_CALL):
+            request = pb.CreateUploadsRequest(files=asked[start : start + MAX_FILES_PER_CALL])
+            places += (await call(self._stub.CreateUploads, request, self._policy)).uploads
+        missing = [
+            Upload(url=place.upload_url, path=files[file.sha256], size_bytes=file.size_bytes)
+            for file, place in zip(asked, places, strict=True)
+            if place.upload_url
+        ]
+        async with Transfers(on_progress) as transfers:
+            await transfers.upload(missing)
+        return {file.sha256: place.object for file, place in zip(asked, places, strict=True)}
+
+    async def add(
+        self, name: str, samples: Sequence[pb.Sample], *, request_id: str | None = None
+    ) -> pb.AddSamplesResponse:
+        """Add samples whose images have been uploaded; one of the same name is replaced. All or nothing."""
+        first = pb.AddSamplesRequest(dataset=name, request_id=new_request_id(request_id))
+
+        async def attempt() -> pb.AddSamplesResponse:
+            return await self._stub.AddSamples(_parts(first, samples), timeout=self._policy.stream_timeout_seconds)
+
+        return await repeated(attempt, self._policy)
+
+    async def get(self, name: str) -> pb.Dataset:
+        """Return one dataset. Raises NotFoundError."""
+        return (await call(self._stub.GetDataset, pb.GetDatasetRequest(name=name), self._policy)).dataset
+
+    async def list(self, *, limit: int | None = None) -> tuple[pb.Dataset, ...]:
+        """Return datasets by name, at most `limit`."""
+
+        async def page(token: str) -> pb.ListDatasetsResponse:
+            request = pb.ListDatasetsRequest(page_token=token, page_size=min(limit or 100, 100))
+            return await call(self._stub.ListDatasets, request, self._policy)
+
+        return await all_pages(page, lambda found: found.datasets, limit)
+
+    async def delete(self, name: str, *, request_id: str | None = None) -> None:
+        """Delete a dataset. Raises FailedPreconditionError while a job at work uses it."""
+        request = pb.DeleteDatasetRequest(name=name, request_id=new_request_id(request_id))
+        await call(self._stub.DeleteDataset, request, self._policy)
+
+    async def scan(self, name: str) -> AsyncIterator[pb.ScanDatasetResponse]:
+        """Open every image and yield one response for each, with its size or what is wrong with it."""
+        async for response in stream(self._stub.ScanDataset, pb.ScanDatasetRequest(name=name), self._policy):
+            yield response
+
+
+def _parts(first: pb.AddSamplesRequest, samples: Sequence[pb.Sample]) -> Iterator[pb.AddSamplesRequest]:
+    """Cut samples into messages well below the limit of a message; the first one names the dataset."""
+    part = pb.AddSamplesRequest()
+    part.CopyFrom(first)
+    size_bytes = 0
+    for sample in samples:
+        if size_bytes > MAX_PART_BYTES:
+            yield part
+            part, size_bytes = pb.AddSamplesRequest(), 0
+        part.samples.append(sample)
+        size_bytes += sample.ByteSize()
+    yield part
