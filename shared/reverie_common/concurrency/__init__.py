@@ -2,5 +2,6 @@
 
 from reverie_common.concurrency.batching import BatchLimits, BatchObserver, MicroBatcher
 from reverie_common.concurrency.single_flight import SingleFlight
+from reverie_common.concurrency.streams import as_ready
 
-__all__ = ["BatchLimits", "BatchObserver", "MicroBatcher", "SingleFlight"]
+__all__ = ["BatchLimits", "BatchObserver", "MicroBatcher", "SingleFlight", "as_ready"]

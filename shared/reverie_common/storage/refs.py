@@ -8,8 +8,8 @@ the object itself would move 34 MB for a caption.
 import hashlib
 
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
-
 from reverie.common.v1.common_pb2 import ObjectRef, TensorRef
+
 from reverie_common.errors import IntegrityError, ObjectNotFoundError
 from reverie_common.storage.codec import compress, decompress
 from reverie_common.storage.keys import reference_key

@@ -7,8 +7,9 @@ that header into metadata and overwrites. The region is given, so the client nev
 import io
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import urlsplit
 
 import minio
@@ -140,7 +141,8 @@ class S3Store:
     def _put_if_absent(self, key: str, body: Body, media_type: str) -> bool:
         url = self._client.presigned_put_object(self.bucket, key, expires=WRITE_URL_EXPIRY)
         headers = {"If-None-Match": "*", "Content-Type": media_type}
-        response = self._http.request("PUT", url, body=body, headers=headers)
+        # urllib3 sends any buffer without copying it, but its annotation lists bytes only.
+        response = self._http.request("PUT", url, body=cast(bytes, body), headers=headers)
         if response.status == 412:
             return False
         refuse_status(response, self._address, key)
@@ -178,7 +180,7 @@ class S3Store:
         """See ObjectStore; reads page by page, and a page that fails is asked for again."""
         last_key: str | None = None
         while True:
-            page = self._perform("list", prefix, lambda start=last_key: self._list_page(prefix, start))
+            page = self._perform("list", prefix, partial(self._list_page, prefix, last_key))
             yield from page
             if len(page) < LIST_PAGE_KEYS:
                 return

@@ -91,7 +91,7 @@ def error_from_refusal(refusal: Refusal, address: StoreAddress, key: str) -> Rev
     if refusal.status in (401, 403) or refusal.code in ACCESS_CODES:
         return StoreAccessError(
             f"object store {address.endpoint} refused our credentials for bucket {address.bucket!r} "
-            f"({refusal.code or refusal.status}): check REVERIE_STORE_ACCESS_KEY and REVERIE_STORE_SECRET_KEY, what they "
+            f"({refusal.code or refusal.status}): check REVERIE_STORE_ACCESS_KEY, REVERIE_STORE_SECRET_KEY, what they "
             "may do, and this machine's clock",
             metadata=metadata,
         )

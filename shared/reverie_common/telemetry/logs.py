@@ -30,7 +30,7 @@ _PLAIN = "\033[0m"
 
 def configure_logging(
     service: str,
-    format: Literal["json", "console"] = "json",  # noqa: A002  # the word that the settings use
+    format: Literal["json", "console"] = "json",
     *,
     level: str = "info",
     stream: TextIO | None = None,
