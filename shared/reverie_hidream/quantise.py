@@ -1,12 +1,19 @@
 """Weight precisions of a frozen module: as loaded, or int8 by optimum.quanto (spec 5.3)."""
 
+import logging
 from typing import Any
 
 from torch import nn
 
+logger = logging.getLogger(__name__)
+
 NO_CHANGE = "no_change"
 INT8_QUANTO = "int8-quanto"
 PRECISIONS = (NO_CHANGE, INT8_QUANTO)
+
+# torch._weight_int8pack_mm reads past the end of a row of any other length (NaN or a crash, torch 2.13 on CPU), and
+# quanto calls it for multiples of 4. Every Linear of the released models fits.
+_INT8_ROW_MULTIPLE = 16
 
 
 def check_precision(precision: str) -> None:
@@ -42,6 +49,10 @@ def _to_int8(module: nn.Module) -> None:
     from optimum import quanto
 
     library: Any = quanto
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    library.quantize(module, weights=library.qint8, include=names)
+    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    fitting = [name for name, child in linears.items() if child.in_features % _INT8_ROW_MULTIPLE == 0]
+    if len(fitting) < len(linears):
+        left = ", ".join(sorted(linears.keys() - set(fitting)))
+        logger.warning("left as loaded, inputs not a multiple of %d: %s", _INT8_ROW_MULTIPLE, left)
+    library.quantize(module, weights=library.qint8, include=fitting)
     library.freeze(module)
