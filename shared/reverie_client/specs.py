@@ -1,0 +1,228 @@
+"""Job files: a TrainingJobSpec in YAML or JSON, with every mistake reported at once.
+
+The file is the message's JSON form with snake_case names. Numbers may be written as strings ("4e-5"), booleans as
+true/false/yes/no/1/0; null means the default. Here: names, types and integer ranges. Not here: what values mean; the
+server checks that, and NaN goes to it as it is.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from reverie.training.v1.job_pb2 import TrainingJobSpec
+from reverie_common.errors import FieldViolation, InvalidArgumentError, NotFoundError
+
+from reverie_client.documents import parse
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
+MOVED = {
+    "algo": "the key `lokr` above it says the same; remove this line",
+    "bypass_mode": "Reverie always computes LoKr in bypass mode, which is mathematically equal; remove this line",
+    "lycoris_config": "write the configuration itself under adapter.lokr",
+    "train_batch_size": "it is optimization.batch_size",
+    "max_train_steps": "it is optimization.max_steps",
+    "lr_warmup_steps": "it is optimization.lr_warmup_steps",
+    "learning_rate": "it is optimization.learning_rate",
+    "checkpointing_steps": "it is checkpoints.every_steps",
+    "validation_steps": "it is validation.every_steps",
+}
+
+
+def load_job_spec(source: Path | str) -> TrainingJobSpec:
+    """Return the job that a file (a Path) or a text (a str) describes.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidArgumentError: with one violation for each unknown key, wrong type and integer out of range.
+    """
+    if isinstance(source, Path):
+        return parse_job_spec(_read(source), name=str(source))
+    return parse_job_spec(source)
+
+
+def parse_job_spec(text: str, *, name: str = "the job") -> TrainingJobSpec:
+    """Return the job that a YAML or JSON text describes; `name` is what errors call it."""
+    document = parse(text, name)
+    spec = TrainingJobSpec()
+    reader = _Reader()
+    reader.fill(spec, document, "")
+    if reader.violations:
+        count = len(reader.violations)
+        raise InvalidArgumentError(
+            f"{count} {'field is' if count == 1 else 'fields are'} wrong in {name}",
+            reason="INVALID_JOB_FILE",
+            violations=reader.violations,
+        )
+    return spec
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise NotFoundError(f"the job file {path} does not exist; check the path", reason="NO_JOB_FILE") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"the job file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"the job file {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+            "save it as UTF-8"
+        ) from error
+
+
+class _Reader:
+    """Copies a document into a message, collecting what is wrong."""
+
+    def __init__(self) -> None:
+        self.violations: list[FieldViolation] = []
+
+    def refuse(self, path: str, description: str) -> None:
+        self.violations.append(FieldViolation(field=path or "the document", description=description))
+
+    def fill(self, message: Message, value: Any, path: str) -> None:
+        """Copy a mapping into a message, key by key."""
+        descriptor = cast(Descriptor, message.DESCRIPTOR)
+        if not isinstance(value, Mapping):
+            self.refuse(path, f"{_shown(value)} is not a mapping; its keys are {_names(descriptor)}")
+            return
+        for key, entry in value.items():
+            field = cast(FieldDescriptor | None, descriptor.fields_by_name.get(key))
+            if field is None:
+                self.refuse(_join(path, key), _unknown(key, descriptor))
+            elif entry is not None:
+                self.set_field(message, field, entry, _join(path, key))
+
+    def set_field(self, message: Message, field: FieldDescriptor, value: Any, path: str) -> None:
+        """Set one field, whatever its kind."""
+        target = getattr(message, field.name)
+        if _is_map(field):
+            self.fill_map(target, value, path)
+        elif field.is_repeated:
+            self.fill_list(target, field, value, path)
+        elif field.message_type is not None:
+            target.SetInParent()
+            self.fill(target, value, path)
+        else:
+            scalar = self.scalar(field, value, path)
+            if scalar is not None:
+                setattr(message, field.name, scalar)
+
+    def fill_map(self, target: Any, value: Any, path: str) -> None:
+        if not isinstance(value, Mapping):
+            self.refuse(path, f"{_shown(value)} is not a mapping")
+            return
+        for key, entry in value.items():
+            self.fill(target[str(key)], {} if entry is None else entry, f"{path}[{str(key)!r}]")
+
+    def fill_list(self, target: Any, field: FieldDescriptor, value: Any, path: str) -> None:
+        if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+            self.refuse(path, f"{_shown(value)} is not a list; write [{_shown(value)}]")
+            return
+        for index, entry in enumerate(value):
+            here = f"{path}[{index}]"
+            if field.message_type is not None:
+                self.fill(target.add(), entry, here)
+                continue
+            scalar = self.scalar(field, entry, here)
+            if scalar is not None:
+                target.append(scalar)
+
+    def scalar(self, field: FieldDescriptor, value: Any, path: str) -> Any:
+        """Return a value in the field's type, or None after a violation."""
+        kind = field.cpp_type
+        if kind == FieldDescriptor.CPPTYPE_STRING:
+            return self.text(value, path)
+        if kind == FieldDescriptor.CPPTYPE_BOOL:
+            return self.boolean(value, path)
+        if kind in RANGES:
+            return self.integer(value, RANGES[kind], path)
+        return self.number(value, path)
+
+    def text(self, value: Any, path: str) -> str | None:
+        if isinstance(value, str):
+            return value
+        self.refuse(path, f"{_shown(value)} is not text; put it in quotes")
+        return None
+
+    def boolean(self, value: Any, path: str) -> bool | None:
+        if isinstance(value, bool):
+            return value
+        found = BOOLEANS.get(str(value).strip().lower())
+        if found is None:
+            self.refuse(path, f"{_shown(value)} is neither true nor false")
+        return found
+
+    def number(self, value: Any, path: str) -> float | None:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise ValueError
+            return float(value)
+        except ValueError:
+            self.refuse(path, f"{_shown(value)} is not a number")
+        except OverflowError:
+            self.refuse(path, f"{_shown(value)} is too large for a number")
+        return None
+
+    def integer(self, value: Any, limits: tuple[int, int], path: str) -> int | None:
+        whole = _whole(value)
+        if whole is None:
+            self.refuse(path, f"{_shown(value)} is not a whole number")
+        elif not limits[0] <= whole <= limits[1]:
+            self.refuse(path, f"{whole} is outside {limits[0]} to {limits[1]}")
+            return None
+        return whole
+
+
+def _whole(value: Any) -> int | None:
+    """Return 1000 for 1000, 1000.0, "1000" and "1e3"; None for what is not whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return int(value) if isinstance(value, int | str) else _whole_float(value)
+    except ValueError:
+        pass
+    try:
+        return _whole_float(float(value))
+    except ValueError:
+        return None
+
+
+def _whole_float(value: float) -> int | None:
+    return int(value) if math.isfinite(value) and value == int(value) else None
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _names(descriptor: Descriptor) -> str:
+    return ", ".join(descriptor.fields_by_name)
+
+
+def _unknown(key: Any, descriptor: Descriptor) -> str:
+    names = list(descriptor.fields_by_name)
+    near = difflib.get_close_matches(str(key).lower().replace("-", "_"), names, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    if key in MOVED:
+        return f"unknown key; {MOVED[str(key)]}"
+    return f"unknown key; the keys here are {', '.join(names)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
