@@ -224,6 +224,14 @@ class S3Store:
                 metadata={"endpoint": self.endpoint, "bucket": self.bucket},
             )
 
+    def make_bucket(self) -> None:
+        """Create the bucket, for a store of one's own such as the embedded one; no error if it is there."""
+        self._perform("make_bucket", self.bucket, self._make_bucket)
+
+    def _make_bucket(self) -> None:
+        if not self._client.bucket_exists(self.bucket):
+            self._client.make_bucket(self.bucket)
+
     def _perform(self, operation: str, key: str, request: Callable[[], T]) -> T:
         return self._retries.perform(operation, key, request)
 

@@ -1,0 +1,88 @@
+"""What the tests of every area share: a real S3 server, stores on it, the tiny checkpoint, and free ports."""
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from reverie_common.storage import MemoryStore, S3Store
+from reverie_common.storage.seaweed import Seaweed, free_ports
+
+HIDREAM_SOURCES = Path(__file__).parents[1] / "shared" / "reverie_hidream"
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A SeaweedFS server with random credentials. A test that stops it has to start it again."""
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_store(seaweed: Seaweed) -> S3Store:
+    """A store on a new, empty bucket of the session's SeaweedFS; it does not retry."""
+    return make_bucket(seaweed)
+
+
+@pytest.fixture(scope="module")
+def module_s3_store(seaweed: Seaweed) -> S3Store:
+    """Like s3_store, one bucket for all tests of a module."""
+    return make_bucket(seaweed)
+
+
+def make_bucket(seaweed: Seaweed) -> S3Store:
+    """Make a bucket of a random name and a store on it."""
+    bucket = f"test-{secrets.token_hex(6)}"
+    store = S3Store(seaweed.endpoint, bucket, seaweed.access_key, seaweed.secret_key, retry_seconds=0.0)
+    store.make_bucket()
+    return store
+
+
+@pytest.fixture
+def memory_store() -> MemoryStore:
+    """An empty store in memory."""
+    return MemoryStore()
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Chooses a loopback port that nothing listens on."""
+    return lambda: free_ports(1)[0]
+
+
+@pytest.fixture
+def store_environment(s3_store: S3Store, seaweed: Seaweed) -> dict[str, str]:
+    """Environment with which a Reverie process uses the bucket of s3_store."""
+    return {**seaweed.environment, "REVERIE_STORE_BUCKET": s3_store.bucket}
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """Undo what configure_logging does to the root logger, so that tests pass in any order."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny HiDream checkpoint, made once for each state of the code that makes it."""
+    from reverie_hidream.tiny import make_tiny_checkpoint  # torch: only for tests that need it
+
+    digest = hashlib.sha256()
+    for source in sorted(HIDREAM_SOURCES.glob("**/*.py")):
+        digest.update(source.read_bytes())
+    # Beside the numbered directories of the runs, so that the next run finds it.
+    directory = tmp_path_factory.getbasetemp().parent / f"tiny-checkpoint-{digest.hexdigest()[:16]}"
+    if not (directory / "model_index.json").is_file():
+        part = tmp_path_factory.mktemp("tiny") / "checkpoint"
+        make_tiny_checkpoint(part)
+        if not directory.exists():
+            part.rename(directory)
+    return directory
