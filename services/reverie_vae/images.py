@@ -133,7 +133,7 @@ def _opened(body: bytes, max_pixels: int) -> Iterator[Image.Image]:
     refuse_large_file(len(body))
     image = _open_header(body)
     with image:
-        _refuse_many_pixels(image, max_pixels)
+        refuse_many_pixels(image.width, image.height, max_pixels)
         _refuse_animation(image)
         yield image
 
@@ -190,12 +190,12 @@ def _corrupt(error: Exception) -> ImageRejectedError:
     )
 
 
-def _refuse_many_pixels(image: Image.Image, max_pixels: int) -> None:
-    num_pixels = image.width * image.height
-    if num_pixels > max_pixels:
+def refuse_many_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise ImageRejectedError if an image of this size is over the limit."""
+    if width * height > max_pixels:
         raise ImageRejectedError(
             Reason.TOO_MANY_PIXELS,
-            f"{image.width}x{image.height} = {num_pixels} pixels, the limit is {max_pixels}; make it smaller,"
+            f"{width}x{height} = {width * height} pixels, the limit is {max_pixels}; make it smaller,"
             " or raise max_pixels of the VAE service",
         )
 

@@ -10,13 +10,13 @@
 The transformer attends to padded positions, so what they hold matters: every prompt is padded to `max_length`.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from reverie_common.storage.keys import JSON, content_digest
 from transformers import (
     BatchEncoding,
     CLIPTextModelWithProjection,
@@ -28,6 +28,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from reverie_common.storage.keys import JSON, content_digest
 from reverie_hidream.checkpoint import component_directory, progress_bars_disabled
 from reverie_hidream.fingerprints import files_fingerprint
 from reverie_hidream.quantise import check_precision, quantise
@@ -109,7 +110,7 @@ class EncodedText:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoder:
-    """A loaded text encoder. Not thread-safe: one thread owns it."""
+    """A loaded text encoder. `encode` is for one thread at a time, `measure` for any, also meanwhile."""
 
     name: str
     device: torch.device
@@ -129,6 +130,9 @@ class TextEncoder:
     _model: Any
     _forward: Callable[[Any, BatchEncoding], torch.Tensor]
 
+    _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
+    """A tokenizer keeps padding and truncation as state, which calls of two threads would mix up."""
+
     def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
         """Encode prompts of any length, also the empty one. Blocks.
 
@@ -141,22 +145,29 @@ class TextEncoder:
         tensors = [tensor.clone() for group in groups if group for tensor in self._embed(group)]
         return [self._with_cut(prompt, tensor) for prompt, tensor in zip(prompts, tensors, strict=True)]
 
+    def measure(self, prompt: str) -> tuple[int, str]:
+        """Count a prompt's tokens without running the model: `num_tokens` and `dropped_text` of EncodedText."""
+        with self._tokenizer_lock:
+            words = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        num_special = self._tokenizer.num_special_tokens_to_add()
+        num_tokens = len(words["input_ids"]) + num_special
+        if num_tokens <= self.max_length:
+            return num_tokens, ""
+        first_cut = words["offset_mapping"][self.max_length - num_special][0]
+        return num_tokens, prompt[first_cut:].lstrip()
+
     @torch.inference_mode()
     def _embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
+        with self._tokenizer_lock:
+            tokens = self._tokenizer(
+                list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            )
         embeddings = self._forward(self._model, tokens.to(self.device)).to(self.dtype).cpu()
         return list(embeddings)
 
     def _with_cut(self, prompt: str, tensor: torch.Tensor) -> EncodedText:
-        words = self._tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        num_special = self._tokenizer.num_special_tokens_to_add()
-        num_tokens = len(words["input_ids"]) + num_special
-        if num_tokens <= self.max_length:
-            return EncodedText(tensor=tensor, num_tokens=num_tokens, dropped_text="")
-        first_cut = words["offset_mapping"][self.max_length - num_special][0]
-        return EncodedText(tensor=tensor, num_tokens=num_tokens, dropped_text=prompt[first_cut:].lstrip())
+        num_tokens, dropped_text = self.measure(prompt)
+        return EncodedText(tensor=tensor, num_tokens=num_tokens, dropped_text=dropped_text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

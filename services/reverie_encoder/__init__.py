@@ -1,0 +1,1 @@
+"""The encoder service: captions in, references to text embeddings out."""

@@ -1,0 +1,113 @@
+"""Settings of the encoder service: `REVERIE_ENCODER_<FIELD>` or `--field`; the store's are `REVERIE_STORE_<FIELD>`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from reverie_common.concurrency import BatchLimits
+from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
+
+ENCODER_NAMES = ("clip_l", "clip_g", "t5", "llama")
+
+Precision = Literal["no_change", "int8-quanto"]
+
+
+class EncoderSettings(ServerSettings, StoreSettings):
+    """Which encoders this process holds, where and how."""
+
+    model_config = SettingsConfigDict(env_prefix="REVERIE_ENCODER_")
+
+    port: int = Field(default=50051, ge=0, le=65535)
+    """gRPC port; 0 takes any free one."""
+
+    metrics_port: int = Field(default=9101, ge=0, le=65535)
+    """Port of Prometheus /metrics; 0 takes any free one."""
+
+    encoders: CommaSeparated = ENCODER_NAMES
+    """Encoders that this process holds: any of clip_l,clip_g,t5,llama."""
+
+    checkpoint: str
+    """HiDream checkpoint: a directory, an s3:// prefix of the store, or a Hub id such as HiDream-ai/HiDream-I1-Full."""
+
+    llama_checkpoint: str | None = None
+    """Where Llama comes from, if not from `text_encoder_4/` and `tokenizer_4/` of the checkpoint."""
+
+    cache_dir: Path | None = None
+    """Directory for checkpoints that are not local; default is the Hub's cache."""
+
+    device: str = "cpu"
+    """torch device of every encoder that has none of its own, for instance `cuda:0`."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations, embeddings and unquantised weights."""
+
+    precision: Precision = "no_change"
+    """How the weights of every encoder that says nothing of its own are held."""
+
+    clip_l_device: str | None = None
+    """torch device of CLIP-L."""
+
+    clip_g_device: str | None = None
+    """torch device of CLIP-bigG."""
+
+    t5_device: str | None = None
+    """torch device of T5."""
+
+    llama_device: str | None = None
+    """torch device of Llama."""
+
+    clip_l_precision: Precision | None = None
+    """Precision of CLIP-L's weights."""
+
+    clip_g_precision: Precision | None = None
+    """Precision of CLIP-bigG's weights."""
+
+    t5_precision: Precision | None = None
+    """Precision of T5's weights."""
+
+    llama_precision: Precision | None = None
+    """Precision of Llama's weights."""
+
+    num_threads: int = Field(default=1, ge=1)
+    """torch threads on the CPU. Encoders run side by side, one thread each, so more helps only with few encoders."""
+
+    max_batch_size: int = Field(default=8, ge=1, le=1024)
+    """Prompts in one forward of one encoder."""
+
+    batch_window_seconds: float = Field(default=0.005, ge=0, le=10)
+    """How long a prompt waits for others to share its batch while the encoder is idle."""
+
+    max_waiting: int = Field(default=1024, ge=1)
+    """Prompts that may wait for each encoder; further ones are refused with RESOURCE_EXHAUSTED."""
+
+    max_in_flight: int = Field(default=64, ge=1)
+    """Prompts of one request that are worked on at a time, so that one request does not fill the queue."""
+
+    @field_validator("encoders")
+    @classmethod
+    def _check_encoders(cls, encoders: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in encoders if name not in ENCODER_NAMES]
+        if unknown or not encoders:
+            raise ValueError(f"{','.join(unknown) or 'none'} given; use one or more of {','.join(ENCODER_NAMES)}")
+        return tuple(dict.fromkeys(encoders))
+
+    def device_of(self, encoder: str) -> str:
+        """Device of one encoder: its own, or that of all."""
+        own: str | None = getattr(self, f"{encoder}_device")
+        return own or self.device
+
+    def precision_of(self, encoder: str) -> str:
+        """Precision of one encoder: its own, or that of all."""
+        own: str | None = getattr(self, f"{encoder}_precision")
+        return own or self.precision
+
+    def batch_limits(self) -> BatchLimits:
+        """The micro-batchers' limits. Results are stored while the next batch runs, hence two batches' worth."""
+        return BatchLimits(
+            max_batch_size=self.max_batch_size,
+            window_seconds=self.batch_window_seconds,
+            max_waiting=self.max_waiting,
+            max_held=2 * self.max_batch_size,
+        )

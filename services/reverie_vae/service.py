@@ -1,0 +1,76 @@
+"""The VAE service put together: settings in, something to serve out."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from reverie.vae.v1.vae_pb2_grpc import add_VaeServiceServicer_to_server
+from reverie_common.rpc.server import ServedService
+from reverie_common.storage import ObjectStore
+from reverie_hidream.checkpoint import resolve_checkpoint
+from reverie_vae.engine import VaeEngine, load_engine
+from reverie_vae.inspections import Inspections
+from reverie_vae.latents import Latents
+from reverie_vae.metrics import MODEL_LOAD_SECONDS
+from reverie_vae.servicer import VaeDomain, VaeServicer
+from reverie_vae.settings import VaeSettings
+
+
+class VaeService:
+    """What `run_server` and the tests serve. Belongs to one event loop.
+
+    Args:
+        settings: Which VAE, where and how.
+        store: Where images, latents and pictures are, and checkpoints at s3:// are read from.
+    """
+
+    def __init__(self, settings: VaeSettings, store: ObjectStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._servicer = VaeServicer(max_in_flight=settings.max_in_flight)
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._latents: Latents | None = None
+        self.served = ServedService(
+            name="reverie.vae.v1.VaeService",
+            add_to_server=add_VaeServiceServicer_to_server,
+            servicer=self._servicer,
+        )
+
+    async def load(self) -> None:
+        """Check the store, load the VAE, begin to answer.
+
+        Raises:
+            ReverieError: the store or the checkpoint cannot be used; the message has the remedy.
+        """
+        await asyncio.to_thread(self._store.check)
+        engine = await asyncio.to_thread(load_vae_engine, self._settings, self._store)
+        settings = self._settings
+        self._latents = Latents(
+            engine=engine,
+            store=self._store,
+            decoders=self._decoders,
+            max_pixels=settings.max_pixels,
+            limits=settings.batch_limits(),
+        )
+        self._latents.start()
+        inspections = Inspections(store=self._store, decoders=self._decoders, max_pixels=settings.max_pixels)
+        self._servicer.serve(VaeDomain(inspections=inspections, latents=self._latents, key_of=self._store.key_of))
+
+    async def close(self) -> None:
+        """Finish what runs. Safe to repeat, and before load."""
+        if self._latents is not None:
+            await self._latents.close()
+        self._decoders.shutdown(cancel_futures=True)
+
+
+def load_vae_engine(settings: VaeSettings, store: ObjectStore) -> VaeEngine:
+    """Find the checkpoint and load its VAE. Blocks.
+
+    Raises:
+        NotFoundError: the checkpoint, or its vae/, is missing.
+    """
+    checkpoint = resolve_checkpoint(settings.checkpoint, store=store, cache_dir=settings.cache_dir, parts=["vae"])
+    engine, seconds = load_engine(
+        checkpoint, device=settings.device, dtype=settings.dtype, num_threads=settings.num_threads
+    )
+    MODEL_LOAD_SECONDS.set(seconds)
+    return engine
