@@ -76,7 +76,7 @@ def resolve_checkpoint(
     if location.startswith("s3://"):
         return _from_store(location, store, cache_dir, parts)
     directory = Path(location).expanduser()
-    if directory.is_dir():
+    if location and directory.is_dir():
         return directory.absolute()
     hub_id = _HUB_ID.fullmatch(location)
     if hub_id is None:

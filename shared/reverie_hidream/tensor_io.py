@@ -44,15 +44,11 @@ def from_raw(raw: RawTensor) -> torch.Tensor:
     """Copy a raw tensor into a new CPU tensor of the same dtype and shape.
 
     Raises:
-        ValueError: the dtype is unknown, or the number of bytes does not fit the shape.
+        ValueError: torch has no such dtype.
     """
     if raw.dtype not in _DTYPE_OF_NAME:
         raise ValueError(f"dtype {raw.dtype!r} is not supported; known are {', '.join(_DTYPE_OF_NAME)}")
-    dtype = _DTYPE_OF_NAME[raw.dtype]
-    tensor = torch.empty(raw.shape, dtype=dtype)
-    expected = tensor.numel() * tensor.element_size()
-    if len(raw.data) != expected:
-        raise ValueError(f"{len(raw.data)} bytes do not make a {raw.dtype} tensor of shape {raw.shape}: {expected} do")
-    if expected:
+    tensor = torch.empty(raw.shape, dtype=_DTYPE_OF_NAME[raw.dtype])
+    if tensor.numel():
         tensor.reshape(-1).view(torch.uint8).numpy().data[:] = raw.data
     return tensor

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reverie_common.storage.keys import JSON, content_digest
 from transformers import (
     BatchEncoding,
     CLIPTextModelWithProjection,
@@ -28,7 +29,6 @@ from transformers import (
     T5Tokenizer,
 )
 
-from reverie_common.storage.keys import JSON, content_digest
 from reverie_hidream.checkpoint import component_directory, progress_bars_disabled
 from reverie_hidream.fingerprints import files_fingerprint
 from reverie_hidream.quantise import check_precision, quantise

@@ -33,8 +33,8 @@ from reverie_hidream.checkpoint import progress_bars_disabled
 from reverie_hidream.tiny_tokenizers import clip_tokenizer, corpus_lines, llama_tokenizer, t5_tokenizer
 from reverie_hidream.tiny_weights import draw_weights, shape_posterior
 
-# Widths all differ, so that a tensor of the wrong encoder cannot fit by accident. Multiples of 16, as the real ones are:
-# torch's int8 product needs it.
+# Widths all differ, so that a tensor of the wrong encoder cannot fit by accident. They are multiples of 16, as the real
+# ones are: torch's int8 product needs it.
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH, LLAMA_WIDTH = 32, 48, 112, 96
 NUM_LLAMA_LAYERS, NUM_DOUBLE_BLOCKS, NUM_SINGLE_BLOCKS = 4, 2, 4
 # A canvas that is not square: 256 tokens, so 65,536 pixels, as 1024 x 1024 is for the released model.
