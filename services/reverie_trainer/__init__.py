@@ -1,0 +1,1 @@
+"""The trainer: the job API in `jobs`, the training process in `worker`."""

@@ -1,0 +1,53 @@
+"""What chance decides for one sample at one visit, by counter: the same on every run, resume and machine (design 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from reverie_hidream.randomness import Draw
+
+from reverie_trainer.worker.schedule import Visit
+
+_ONCE = 0
+"""Stands for the step where something is drawn once and not at each; steps count from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chance:
+    """All random decisions of a job; every method is a pure function."""
+
+    seed: int
+    caption_dropout_probability: float = 0.0
+    sample_latents_once: bool = False
+    """Draw one latent for each image, as SimpleTuner does, and not one at each visit."""
+    _streams: dict[str, Draw] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Name the streams."""
+        names = ("caption", "dropout", "timestep", "noise", "posterior")
+        object.__setattr__(self, "_streams", {name: Draw(seed=self.seed, stream=name) for name in names})
+
+    def caption(self, visit: Visit, num_captions: int) -> int | None:
+        """Index of the caption to use; None is the empty one."""
+        if self._streams["dropout"].uniform(visit.step, visit.position) < self.caption_dropout_probability:
+            return None
+        if num_captions == 1:
+            return 0
+        return self._streams["caption"].integer(visit.step, visit.position, num_captions)
+
+    def timestep(self, visit: Visit) -> float:
+        """Standard normal number that the noise level is made of."""
+        return float(self._streams["timestep"].normal(visit.step, visit.position, (1,))[0])
+
+    def noise(self, visit: Visit, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Standard normal noise of a latent's shape."""
+        return self._streams["noise"].normal(visit.step, visit.position, shape)
+
+    def posterior(self, visit: Visit, image_sha256: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Standard normal numbers that pick a latent from the posterior."""
+        if self.sample_latents_once:
+            # By the image and not by its place in the manifest: other images come and go.
+            return self._streams["posterior"].normal(_ONCE, int(image_sha256[:15], 16), shape)
+        return self._streams["posterior"].normal(visit.step, visit.position, shape)

@@ -1,0 +1,25 @@
+"""The figures of every step so far, as `metrics.jsonl`; saved with each checkpoint, so that a resume loses none."""
+
+from __future__ import annotations
+
+import json
+
+from reverie.training.v1.job_pb2 import StepMetrics
+
+FIELDS = ("step", "loss", "learning_rate", "gradient_norm", "step_seconds", "data_wait_seconds")
+
+
+class MetricsLog:
+    """Grows by one JSON object a line."""
+
+    def __init__(self, lines: bytes = b"") -> None:
+        """Continue what `lines` holds."""
+        self._lines = [line for line in lines.split(b"\n") if line]
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Add a step."""
+        self._lines.append(json.dumps({name: getattr(metrics, name) for name in FIELDS}).encode())
+
+    def body(self) -> bytes:
+        """The file."""
+        return b"".join(line + b"\n" for line in self._lines)

@@ -1,0 +1,59 @@
+"""Loading the frozen model, and putting a job's adapter on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
+from reverie_hidream.transformer import load_transformer
+
+from reverie_trainer.worker.adapter_file import lokr_config
+from reverie_trainer.worker.data import Batch
+from reverie_trainer.worker.engine import TrainingEngine
+from reverie_trainer.worker.job import LeasedJob
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedAdapter:
+    """What is left of a trained model when it is out of memory."""
+
+    file: bytes
+    """As exported (spec 4.6)."""
+    probe_batch: Batch
+    output: torch.Tensor
+    """What the trained model makes of the batch, see proof.py."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoader:
+    """Loads the base model of one job, as often as asked."""
+
+    checkpoint: Path
+    device: torch.device
+    job: LeasedJob
+
+    def load_base(self) -> diffusers.HiDreamImageTransformer2DModel:
+        """The frozen transformer, quantised if the job wants that. Blocks for seconds to minutes.
+
+        Raises:
+            ReverieError, OSError: a part of the checkpoint is missing.
+            ValueError: the precision is unknown.
+        """
+        return load_transformer(
+            self.checkpoint, device=self.device, dtype=self.job.dtype, precision=self.job.spec.model.base_precision
+        )
+
+    def attach(self, transformer: diffusers.HiDreamImageTransformer2DModel) -> LokrAdapter:
+        """Put the job's adapter on a transformer; its start is a function of the job's seed.
+
+        Raises:
+            AdapterMatchesNothingError: no module is selected.
+        """
+        return attach_lokr(transformer, lokr_config(self.job.adapter), seed=self.job.spec.seed)
+
+    def engine(self, transformer: diffusers.HiDreamImageTransformer2DModel, adapter: LokrAdapter) -> TrainingEngine:
+        """Everything that one training step needs."""
+        return TrainingEngine(transformer, adapter, self.job.spec.optimization)

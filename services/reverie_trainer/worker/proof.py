@@ -1,0 +1,84 @@
+"""Proof that an exported adapter is the trained one: in a fresh model, it changes the output to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from reverie_hidream.adapters.files import load_adapter
+from reverie_hidream.flow import noisy_latents, sample_sigmas, timesteps_of
+from reverie_hidream.transformer import predict_velocity
+
+from reverie_trainer.worker.data import Batch
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Relative difference of two outputs that are equal, by the dtype of the computation."""
+
+FILE_TOLERANCE = 0.02
+"""The file holds bfloat16, three digits: its effect may differ by so much of itself."""
+
+
+class ExportRefutedError(Exception):
+    """The exported file does not do what the trained adapter does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """What was measured."""
+
+    change: float
+    """How far the adapter moves the output, relative to the output."""
+    difference: float
+    """How far the output of the loaded file is from that of the trained model, relative to the output."""
+    tolerance: float
+
+
+@torch.no_grad()
+def probe(transformer: diffusers.HiDreamImageTransformer2DModel, batch: Batch) -> torch.Tensor:
+    """The model's output for one batch, on the CPU. (B, C, h, w)"""
+    device = transformer.x_embedder.proj.bias.device
+    sigmas = sample_sigmas(batch.timestep_draws.to(device))
+    latents = noisy_latents(batch.latents.to(device), batch.noise.to(device), sigmas)
+    return predict_velocity(transformer, latents, timesteps_of(sigmas), batch.conditioning).cpu()
+
+
+def prove_export(
+    body: bytes,
+    *,
+    trained_output: torch.Tensor,
+    load_base: Callable[[], diffusers.HiDreamImageTransformer2DModel],
+    batch: Batch,
+) -> Proof:
+    """Load the file into a freshly loaded model and compare outputs. Blocks while the model is loaded.
+
+    Args:
+        body: the exported file.
+        trained_output: what `probe` gave for the trained model and the same batch.
+
+    Raises:
+        ExportRefutedError: it changes nothing, or not to the same.
+    """
+    transformer = load_base()
+    base_output = probe(transformer, batch)
+    load_adapter(transformer, body)
+    loaded_output = probe(transformer, batch)
+    change = _relative(loaded_output - base_output, base_output)
+    proof = Proof(
+        change=change,
+        difference=_relative(loaded_output - trained_output, trained_output),
+        tolerance=TOLERANCES[transformer.x_embedder.proj.bias.dtype] + FILE_TOLERANCE * change,
+    )
+    if not proof.change > 0:
+        raise ExportRefutedError("the exported adapter does not change the model's output: it learnt nothing")
+    if not proof.difference <= proof.tolerance:
+        raise ExportRefutedError(
+            f"the exported adapter differs from the trained one by {proof.difference:.2e} of the output, "
+            f"at most {proof.tolerance:.0e} is rounding"
+        )
+    return proof
+
+
+def _relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(difference.norm() / reference.norm())

@@ -1,0 +1,93 @@
+"""The training loop of one job, from its first step to its last."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from reverie.training.v1.job_pb2 import StepMetrics
+
+from reverie_trainer.worker import metrics
+from reverie_trainer.worker.adapter_file import adapter_metadata
+from reverie_trainer.worker.checkpoints import CheckpointContents, CheckpointSaver
+from reverie_trainer.worker.data import BatchLoader
+from reverie_trainer.worker.engine import StepResult, TrainingEngine
+from reverie_trainer.worker.job import LeasedJob
+from reverie_trainer.worker.metrics_log import MetricsLog
+from reverie_trainer.worker.orders import Order, Orders
+from reverie_trainer.worker.outbox import Outbox
+from reverie_trainer.worker.pictures import Pictures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingLoop:
+    """Trains a job with everything that it was given; owned by one thread."""
+
+    job: LeasedJob
+    engine: TrainingEngine
+    batches: BatchLoader
+    saver: CheckpointSaver
+    pictures: Pictures
+    log: MetricsLog
+    outbox: Outbox
+    orders: Orders
+
+    def run(self) -> Order:
+        """Train until the last step or until an order says otherwise; returns the order. Saves before it ends."""
+        if self.job.first_step == 1:
+            self.pictures.ask_base()
+        for step in range(self.job.first_step, self.job.spec.optimization.max_steps + 1):
+            if self.orders.current is not Order.GO_ON:
+                return self._end_early(step - 1)
+            self._train(step)
+            if self.pictures.is_due(step):
+                self.pictures.ask(step, self.adapter_file(step))
+            if self._is_save_due(step):
+                self._save(step)
+        return self.orders.current
+
+    def adapter_file(self, step: int) -> bytes:
+        """The adapter as it is after a step."""
+        return self.engine.export(adapter_metadata(self.job.spec, self.job.data, step))
+
+    def _train(self, step: int) -> None:
+        begin, waited = time.monotonic(), self.batches.wait_seconds
+        batches = self.batches.take(self.job.spec.optimization.gradient_accumulation_steps)
+        result = self.engine.train_step(step, batches)
+        self._record(step, result, time.monotonic() - begin, self.batches.wait_seconds - waited)
+
+    def _record(self, step: int, result: StepResult, seconds: float, wait_seconds: float) -> None:
+        figures = StepMetrics(
+            step=step,
+            loss=result.loss,
+            learning_rate=result.learning_rate,
+            gradient_norm=result.gradient_norm,
+            step_seconds=seconds,
+            data_wait_seconds=wait_seconds,
+        )
+        self.log.add(figures)
+        self.outbox.step(figures)
+        self.outbox.phase("train", seconds)
+        metrics.observe_step(figures)
+
+    def _is_save_due(self, step: int) -> bool:
+        every = self.job.spec.checkpoints.every_steps
+        return step == self.job.spec.optimization.max_steps or bool(every and step % every == 0)
+
+    def _save(self, step: int) -> None:
+        self.saver.save(
+            CheckpointContents(
+                step=step,
+                adapter_file=self.adapter_file(step),
+                state=self.engine.state(),
+                metrics=self.log.body(),
+                scalars={"pictures": self.pictures.pending()},
+            )
+        )
+
+    def _end_early(self, last_step: int) -> Order:
+        order = self.orders.current
+        has_progress = last_step >= self.job.first_step
+        if order is not Order.LEAVE and has_progress and not self._is_save_due(last_step):
+            self._save(last_step)
+        return order
