@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,13 +23,13 @@ MALLOC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 
 
-def run_process(main: Coroutine[Any, Any, None]) -> None:
+def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a process's main coroutine; end with status 1 and one log line on a ReverieError, 130 on Ctrl-C.
 
     An error of any other class is a bug and keeps its trace.
     """
     try:
-        asyncio.run(main)
+        asyncio.run(main())
     except ReverieError as error:
         log_fatal(error)
         raise SystemExit(1) from None

@@ -63,6 +63,7 @@ class Server:
         settings: ServerSettings,
         *,
         load: Step | None = None,
+        begin_drain: Step | None = None,
         stop: Step | None = None,
     ) -> None:
         """Listens to nothing yet.
@@ -71,6 +72,8 @@ class Server:
             services: what is served.
             settings: where and how.
             load: what has to happen before calls are accepted, for instance loading weights.
+            begin_drain: what has to happen first when the service stops, while calls are still answered, for instance
+                waiting for those whom it told to finish.
             stop: what has to happen after the last call, for instance flushing a queue.
         """
         self.port = 0
@@ -78,6 +81,7 @@ class Server:
         self._services = tuple(services)
         self._settings = settings
         self._load = load
+        self._begin_drain = begin_drain
         self._stop = stop
         self._health = health.aio.HealthServicer()
         self._ready = ReadyInterceptor()
@@ -179,6 +183,8 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if self._settings.ready_file is not None:
             self._settings.ready_file.unlink(missing_ok=True)
+        if self._begin_drain is not None:
+            await self._begin_drain()
         await asyncio.sleep(self._settings.drain_seconds)
         if self._server is not None:
             await self._server.stop(self._settings.grace_seconds)
@@ -203,7 +209,11 @@ async def run_server(
     Raises:
         SystemExit: status 1 if the service could not start.
     """
-    server = Server(services, settings, load=load, stop=stop)
+    await run(Server(services, settings, load=load, stop=stop))
+
+
+async def run(server: Server) -> None:
+    """Do as `run_server` with a server that the caller made, because its steps need the port, for instance."""
     ended = _signalled()
     try:
         await server.start()

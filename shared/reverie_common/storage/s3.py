@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import minio
 import urllib3
 
-from reverie_common.errors import InvalidArgumentError, NotFoundError
+from reverie_common.errors import InvalidArgumentError, NotFoundError, ReverieError
 from reverie_common.settings import StoreSettings
 from reverie_common.storage.s3_errors import StoreAddress, refuse_status
 from reverie_common.storage.s3_retries import Retries
@@ -133,7 +133,7 @@ class S3Store:
         size_bytes = memoryview(body).nbytes
         if size_bytes >= ASK_FIRST_BYTES and self.head(key) is not None:
             return False
-        created = self._perform("create", key, lambda: self._put_if_absent(key, body, media_type))
+        created = self._write("create", key, lambda: self._put_if_absent(key, body, media_type))
         if created:
             STORE_BYTES.labels("create").inc(size_bytes)
         return created
@@ -153,7 +153,7 @@ class S3Store:
         require_key(key)
         length = memoryview(body).nbytes
         part_size = min(max(length, MIN_PART_BYTES), MAX_SINGLE_PUT_BYTES)
-        self._perform(
+        self._write(
             "replace",
             key,
             lambda: self._client.put_object(
@@ -215,9 +215,7 @@ class S3Store:
 
     def check(self) -> None:
         """See ObjectStore; asks once, whatever retry_seconds is."""
-        once = Retries(limit_seconds=0.0, address=self._address)
-        exists = once.perform("check", self.bucket, lambda: self._client.bucket_exists(self.bucket))
-        if not exists:
+        if not self._bucket_exists():
             raise NotFoundError(
                 f"object store {self.endpoint} has no bucket {self.bucket!r}: create it, or set REVERIE_STORE_BUCKET",
                 reason="BUCKET_NOT_FOUND",
@@ -231,6 +229,19 @@ class S3Store:
     def _make_bucket(self) -> None:
         if not self._client.bucket_exists(self.bucket):
             self._client.make_bucket(self.bucket)
+
+    def _bucket_exists(self) -> bool:
+        once = Retries(limit_seconds=0.0, address=self._address)
+        return once.perform("check", self.bucket, lambda: bool(self._client.bucket_exists(self.bucket)))
+
+    def _can_read(self) -> bool:
+        try:
+            return self._bucket_exists()
+        except ReverieError:
+            return False
+
+    def _write(self, operation: str, key: str, request: Callable[[], T]) -> T:
+        return self._retries.perform(operation, key, request, can_read=self._can_read)
 
     def _perform(self, operation: str, key: str, request: Callable[[], T]) -> T:
         return self._retries.perform(operation, key, request)

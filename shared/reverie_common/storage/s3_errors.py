@@ -34,6 +34,7 @@ FULL_PHRASES = ("no free volumes", "no writable volumes", "no space left", "stor
 BUSY_CODES = frozenset({"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "SlowDownWrite"})
 
 RETRY_AFTER_SECONDS = 5.0
+FULL_RETRY_AFTER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +97,11 @@ def error_from_refusal(refusal: Refusal, address: StoreAddress, key: str) -> Rev
             metadata=metadata,
         )
     if is_full(refusal):
-        return StoreFullError(
-            f"object store {address.endpoint} is full: free or add disk space, then repeat ({refusal.message[:200]})",
-            metadata=metadata,
-            retry_after_seconds=60.0,
-        )
+        return full_store(address, key, refusal.message[:200])
     if refusal.status >= 500 or refusal.status == 429 or refusal.code in BUSY_CODES:
-        return _unavailable(address, f"HTTP {refusal.status} {refusal.code} {refusal.message[:200]}")
+        busy = _unavailable(address, f"HTTP {refusal.status} {refusal.code} {refusal.message[:200]}".rstrip())
+        busy.metadata["status"] = str(refusal.status)
+        return busy
     return InternalError(
         f"object store {address.endpoint} refused a request for {key}: HTTP {refusal.status} {refusal.code} "
         f"{refusal.message[:200]}",
@@ -115,6 +114,16 @@ def is_full(refusal: Refusal) -> bool:
     """Whether a refusal says that there is no room."""
     text = refusal.message.lower()
     return refusal.status == 507 or refusal.code in FULL_CODES or any(phrase in text for phrase in FULL_PHRASES)
+
+
+def full_store(address: StoreAddress, key: str, cause: str) -> StoreFullError:
+    """The error for a store without room."""
+    return StoreFullError(
+        f"object store {address.endpoint} answers, but takes no more objects: it is full, or its disk is; free or add "
+        f"disk space, then repeat ({cause})",
+        metadata={"endpoint": address.endpoint, "bucket": address.bucket, "key": key, "cause": cause},
+        retry_after_seconds=FULL_RETRY_AFTER_SECONDS,
+    )
 
 
 def _unavailable(address: StoreAddress, cause: str) -> StoreUnavailableError:

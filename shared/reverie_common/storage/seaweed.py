@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_SECONDS = 60.0
-STOP_TIMEOUT_SECONDS = 20.0
+# It takes two seconds, and for ever when its volumes are full; what it acknowledged survives SIGKILL.
+STOP_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.05
 LOG_TAIL_LINES = 15
 PROBE_KEY = ".reverie/ready"
