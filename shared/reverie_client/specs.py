@@ -96,7 +96,7 @@ class _Reader:
             self.refuse(path, f"{_shown(value)} is not a mapping; its keys are {_names(descriptor)}")
             return
         for key, entry in value.items():
-            field = cast(FieldDescriptor | None, descriptor.fields_by_name.get(key))
+            field = descriptor.fields_by_name.get(key)
             if field is None:
                 self.refuse(_join(path, key), _unknown(key, descriptor))
             elif entry is not None:

@@ -331,7 +331,7 @@ def stop_recorded(state: StateDirectory, *, on_step: OnStep = ignore_steps, grac
     stopped: list[str] = []
     for name in reversed(SERVICES):
         if name == "store":  # last: workers and services may still be writing to it
-            left = [found for found in processes_of_stack(state.path)]
+            left = processes_of_stack(state.path)
             end(left, grace_seconds)
         record = records.get(name)
         if record is not None and record.process.is_alive:

@@ -58,7 +58,7 @@ def _status(name: str, record: ServiceRecord | None) -> ServiceStatus:
 
 def _health(address: str) -> str:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        check = channel.unary_unary(HEALTH_METHOD)
+        check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
         try:
             answer = check(b"", timeout=TIMEOUT_SECONDS)
         except grpc.RpcError:

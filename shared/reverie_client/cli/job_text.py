@@ -1,0 +1,59 @@
+"""Jobs in words, for people."""
+
+from collections.abc import Iterator
+
+from reverie.training.v1 import training_pb2 as pb
+from reverie.training.v1.job_pb2 import PreparationReport, TrainingJob
+
+from reverie_client.cli.progress import readable_bytes, state_name
+
+
+def describe_job(job: TrainingJob) -> Iterator[tuple[str, str]]:
+    """Yield a job's facts as rows of a table."""
+    yield ("job", f"{job.job_id}  {job.spec.name}")
+    yield ("state", state_name(job.state))
+    yield ("step", f"{job.step} of {job.spec.optimization.max_steps}")
+    if job.HasField("metrics"):
+        yield ("loss", f"{job.metrics.loss:.4f} at {job.metrics.step_seconds:.2f} s/step")
+    if job.HasField("preparation"):
+        yield from describe_preparation(job.preparation)
+    if job.HasField("adapter_report"):
+        report = job.adapter_report
+        yield ("adapter", f"{report.num_modules} modules, {report.num_parameters:,} parameters")
+    if job.HasField("adapter"):
+        yield ("adapter file", readable_bytes(job.adapter.size_bytes))
+    for phase in job.phases:
+        yield (f"phase {phase.name}", f"{phase.seconds:.1f} s")
+    if job.HasField("failure"):
+        yield ("failure", f"{job.failure.reason}: {job.failure.message}")
+
+
+def describe_preparation(report: PreparationReport) -> Iterator[tuple[str, str]]:
+    """Yield what preparation found as rows of a table."""
+    yield ("images", f"{report.num_images}, {report.num_images_cached} found in the store")
+    yield ("captions", f"{report.num_prompts}, {report.num_prompts_cached} found in the store")
+    if report.buckets:
+        yield ("buckets", ", ".join(f"{each.width}x{each.height}: {each.num_images}" for each in report.buckets))
+    for rejected in report.rejected:
+        yield ("rejected", f"{rejected.sample}: {rejected.message}")
+    for cut in report.truncated:
+        yield ("cut", f"{cut.sample}: {cut.encoder} saw {cut.max_length} of {cut.num_tokens} tokens")
+
+
+def hit_rate(report: PreparationReport) -> float:
+    """Return the share of images and captions that the store already held, 0 to 1."""
+    wanted = report.num_images + report.num_prompts
+    return (report.num_images_cached + report.num_prompts_cached) / wanted if wanted else 0.0
+
+
+def plan_lines(answer: pb.CheckTrainingJobResponse) -> Iterator[str]:
+    """Yield the plan and the estimate of a checked job as lines."""
+    yield from answer.plan
+    if not answer.HasField("estimate"):
+        return
+    estimate = answer.estimate
+    yield f"steps in an epoch: {estimate.steps_per_epoch}"
+    yield f"store: {readable_bytes(estimate.storage_bytes)} of embeddings and latents"
+    yield f"memory of a worker: {readable_bytes(estimate.worker_memory_bytes)}"
+    if estimate.HasField("training_time"):
+        yield f"training time: about {estimate.training_time.ToTimedelta()}"
