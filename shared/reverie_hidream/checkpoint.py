@@ -94,7 +94,7 @@ def resolve_llama(
     Raises:
         NotFoundError: Llama is in neither; the message names the missing part and the remedy.
     """
-    llama = checkpoint if location is None else resolve_checkpoint(location, store=store, cache_dir=cache_dir)
+    llama = checkpoint if location is None else _resolve_llama_location(location, store, cache_dir)
     for part in LLAMA_PARTS:
         component_directory(llama, part)
     return llama
@@ -155,6 +155,12 @@ def _from_store(location: str, store: ObjectStore | None, cache_dir: Path | None
     return download_checkpoint(store, store.key_of(location.rstrip("/")), cache, parts=parts)
 
 
+def _resolve_llama_location(location: str, store: ObjectStore | None, cache_dir: Path | None) -> Path:
+    # The Hub's patterns cannot say "only in the root", where a plain Llama repository has its files.
+    parts = LLAMA_PARTS if location.startswith("s3://") else None
+    return resolve_checkpoint(location, store=store, cache_dir=cache_dir, parts=parts)
+
+
 def _from_hub(name: str, revision: str | None, cache_dir: Path | None, parts: Sequence[str] | None) -> Path:
     wanted = _HUB_FILES if parts is None else [f"{part}/{files}" for part in parts for files in _HUB_FILES]
     try:
@@ -200,7 +206,7 @@ def _nowhere(location: str) -> NotFoundError:
 
 def _incomplete(checkpoint: Path, problems: dict[str, str]) -> ReverieError:
     remedy = _LLAMA_REMEDY if set(problems) <= set(LLAMA_PARTS) else "download it again, whole"
-    details = "; ".join(f"{part}: {problem}" for part, problem in problems.items())
+    details = "; ".join(f"{part}/ {problem}" for part, problem in problems.items())
     metadata = {"checkpoint": str(checkpoint), "parts": ",".join(problems)}
     return NotFoundError(
         f"checkpoint {checkpoint} is not complete ({details}); {remedy}",
@@ -219,17 +225,17 @@ def _directory(checkpoint: Path, part: str) -> Path:
 
 def _problem(directory: Path, part: str) -> str | None:
     if not directory.is_dir():
-        return f"there is no {directory}"
+        return "is missing"
     if part == "scheduler":
         return _missing_file(directory, "scheduler_config.json")
     if part in TOKENIZER_PARTS:
         found = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-        return None if found else f"{directory} has none of {', '.join(_TOKENIZER_FILES)}"
+        return None if found else f"has none of {', '.join(_TOKENIZER_FILES)}"
     return _missing_file(directory, "config.json") or _weights_problem(directory)
 
 
 def _missing_file(directory: Path, name: str) -> str | None:
-    return None if (directory / name).is_file() else f"there is no {directory / name}"
+    return None if (directory / name).is_file() else f"has no {name}"
 
 
 def _weights_problem(directory: Path) -> str | None:
@@ -239,12 +245,12 @@ def _weights_problem(directory: Path) -> str | None:
     }
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     if not shards and not present:
-        return f"{directory} has no *.safetensors"
+        return "has no *.safetensors"
     missing = sorted(shards - set(present))
     if missing:
-        return f"{directory} lacks {', '.join(missing)}"
+        return f"has no {', '.join(missing)}"
     truncated = [name for name in sorted(shards) or present if _is_truncated(directory / name)]
-    return f"{directory} has truncated files: {', '.join(truncated)}" if truncated else None
+    return f"has truncated files: {', '.join(truncated)}" if truncated else None
 
 
 def _is_truncated(path: Path) -> bool:

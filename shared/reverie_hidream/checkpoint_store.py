@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ def download_checkpoint(
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+    # Not rglob: Python 3.11's passes over folders that are links, and Llama is often linked into a checkpoint.
+    files = (Path(folder) / name for folder, _, names in os.walk(directory, followlinks=True) for name in names)
+    return sorted(path for path in files if path.suffix in _SUFFIXES)
 
 
 def _upload_file(directory: Path, path: Path, store: ObjectStore, prefix: str, chunk_bytes: int) -> _File:

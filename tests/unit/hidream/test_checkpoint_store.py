@@ -155,6 +155,13 @@ def test_names_the_prefix_that_holds_no_checkpoint(memory_store: MemoryStore, tm
     assert caught.value.metadata == {"checkpoint": memory_store.uri("nothing/here")}
 
 
+def test_uploads_folders_that_are_links(tiny_checkpoint: Path, memory_store: MemoryStore, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "vae").symlink_to(tiny_checkpoint / "vae")
+    upload_checkpoint(tmp_path / "linked", memory_store, PREFIX)
+    assert contents(resolve(memory_store, tmp_path / "cache") / "vae") == contents(tiny_checkpoint / "vae")
+
+
 def test_refuses_to_upload_an_empty_directory(memory_store: MemoryStore, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="holds no checkpoint"):
         upload_checkpoint(tmp_path, memory_store, PREFIX)
