@@ -58,7 +58,7 @@ def read_folders(folders: Sequence[Path], *, needs_captions: bool = True) -> Loc
         captions = {picture.with_suffix(".txt") for picture in pictures}
         ignored += [file for file in files if file not in captions and file not in set(pictures)]
         if files is not NOTHING and not pictures:
-            violations.append(_violation(folder, _no_pictures(ignored)))
+            violations.append(_violation(folder, _no_pictures(files)))
         samples += _samples(folder, pictures, needs_captions, violations)
     violations += _duplicates(samples)
     if violations:

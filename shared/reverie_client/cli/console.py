@@ -41,8 +41,8 @@ EXIT_CODES: Sequence[tuple[type[ReverieError], int]] = (
 )
 
 EXIT_CODES_HELP = (
-    "Exit codes: 0 done; 1 the job or the operation failed; 2 wrong usage or invalid input; 3 a service is not reachable; "
-    "4 not found; 5 exists already, or not possible in this state; 130 interrupted."
+    "Exit codes: 0 done; 1 the job or the operation failed; 2 wrong usage or invalid input; 3 a service is not "
+    "reachable; 4 not found; 5 exists already, or not possible in this state; 130 interrupted."
 )
 
 

@@ -29,7 +29,14 @@ from reverie_client.stack.options import DEFAULT_PORTS, SERVICES, StackOptions, 
 from reverie_client.stack.state import StateDirectory
 from reverie_client.stack.status import read_status
 
-COLOURS = {"store": "magenta", "encoder": "cyan", "vae": "blue", "sampler": "yellow", "trainer": "green"}
+COLOURS = {
+    "store": "magenta",
+    "encoder": "cyan",
+    "vae": "blue",
+    "sampler": "yellow",
+    "trainer": "green",
+    "worker": "bright_green",
+}
 LEVEL_STYLES = {"warning": "yellow", "error": "bold red", "critical": "bold red"}
 POLL_SECONDS = 0.2
 
@@ -154,11 +161,11 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 def _run_until(stop: threading.Event, stack: Any, console: Console) -> int:
     """Show the logs until Ctrl-C or until a service dies; then stop everything. Returns the exit code."""
-    logs = {name: stack.state.log(name).open("rb") for name in SERVICES}
+    logs = _Logs(stack.state, console)
     exit_code = 0
     try:
         while not stop.is_set():
-            _show_new_lines(logs, console)
+            logs.show_news()
             dead = stack.dead()
             if dead:
                 console.print("\n".join(f"[bold red]error[/] {escape(each.describe())}" for each in dead))
@@ -171,16 +178,43 @@ def _run_until(stop: threading.Event, stack: Any, console: Console) -> int:
         stack.stop()
     except KeyboardInterrupt:
         stack.stop(grace_seconds=0.0)
-    _show_new_lines(logs, console)
-    for log in logs.values():
-        log.close()
+    logs.show_news()
+    logs.close()
     return exit_code
 
 
-def _show_new_lines(logs: dict[str, IO[bytes]], console: Console) -> None:
-    for name, log in logs.items():
-        for line in log:
-            console.print(f"{_coloured(name)} {_readable(line.decode('utf-8', 'replace').rstrip())}", soft_wrap=True)
+class _Logs:
+    """The logs of all services and workers as one, coloured by their origin."""
+
+    def __init__(self, state: StateDirectory, console: Console) -> None:
+        self._workers = state.service_dir("trainer") / "workers"
+        self._console = console
+        self._files: list[tuple[str, IO[bytes]]] = [(name, state.log(name).open("rb")) for name in SERVICES]
+        # A worker's log is renamed when it gets its job; its inode stays.
+        self._known = {path.stat().st_ino for path in self._workers.glob("*.log")}
+
+    def show_news(self) -> None:
+        """Print the lines since the last time."""
+        for path in sorted(self._workers.glob("*.log")):
+            self._open_worker(path)
+        for name, file in self._files:
+            for line in file:
+                text = _readable(line.decode("utf-8", "replace").rstrip())
+                self._console.print(f"{_coloured(name)} {text}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        for _, file in self._files:
+            file.close()
+
+    def _open_worker(self, path: Path) -> None:
+        try:
+            inode = path.stat().st_ino
+            if inode not in self._known:
+                self._files.append(("worker", path.open("rb")))
+                self._known.add(inode)
+        except FileNotFoundError:  # renamed meanwhile; the next round finds it
+            return
 
 
 def _readable(line: str) -> str:

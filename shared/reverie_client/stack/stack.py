@@ -29,7 +29,8 @@ OnStep = Callable[[str, str], None]
 """Called with a service's name and what happens to it: `starting`, `ready`, `stopping`, `stopped`."""
 
 POLL_SECONDS = 0.05
-STOP_GRACE_SECONDS = 30.0
+STOP_GRACE_SECONDS = 90.0
+"""The trainer waits up to a minute for workers that save."""
 TAIL_LINES = 15
 
 
@@ -325,7 +326,9 @@ class Stack:
         )
 
 
-def stop_recorded(state: StateDirectory, *, on_step: OnStep = ignore_steps, grace_seconds: float = 30.0) -> list[str]:
+def stop_recorded(
+    state: StateDirectory, *, on_step: OnStep = ignore_steps, grace_seconds: float = STOP_GRACE_SECONDS
+) -> list[str]:
     """Stop the stack that a state directory's record names, in reverse order; returns the services that ran."""
     records: Mapping[str, ServiceRecord] = state.load()
     stopped: list[str] = []
