@@ -1,1 +1,1 @@
-"""The trainer: the job API in `jobs`, the training process in `worker`."""
+"""The trainer: jobs and datasets (`jobs`, no torch), and the process that trains one job (`worker`)."""

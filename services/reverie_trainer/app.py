@@ -1,0 +1,147 @@
+"""Puts the trainer together: what serves calls, what drives jobs, and the order in which they start and stop."""
+
+import asyncio
+
+from reverie.training.v1 import training_pb2_grpc
+from reverie_common.rpc.server import ServedService, Server
+from reverie_common.storage import ObjectStore, open_store
+
+from reverie_trainer.jobs.adapter_selection import TransformerConfig
+from reverie_trainer.jobs.changes import Changes
+from reverie_trainer.jobs.checkpoint_config import read_transformer_config
+from reverie_trainer.jobs.database import Database, sqlite_url
+from reverie_trainer.jobs.dataset_servicer import DatasetServicer
+from reverie_trainer.jobs.datasets import Datasets
+from reverie_trainer.jobs.examination import Examiner
+from reverie_trainer.jobs.inspection import ImageInspector
+from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
+from reverie_trainer.jobs.preparation import Preparer
+from reverie_trainer.jobs.reconciler import Reconciler, ReconcilerLimits
+from reverie_trainer.jobs.services import EncoderClient, Services, VaeClient
+from reverie_trainer.jobs.training_servicer import TrainingServicer
+from reverie_trainer.jobs.worker_servicer import WorkerServicer
+from reverie_trainer.settings import TrainerSettings
+
+_PACKAGE = "reverie.training.v1"
+
+
+class Trainer:
+    """One trainer process."""
+
+    def __init__(self, settings: TrainerSettings, store: ObjectStore, config: TransformerConfig) -> None:
+        """Starts nothing yet.
+
+        Args:
+            settings: where and how.
+            store: the object store.
+            config: the shape of the model that jobs train.
+        """
+        self._settings = settings
+        self._store = store
+        self._database = Database(_database_url(settings), Changes())
+        self._services = Services(
+            encoders=tuple(EncoderClient(address) for address in settings.encoders), vae=VaeClient(settings.vae)
+        )
+        datasets = Datasets(self._database, store)
+        preparer = Preparer(
+            services=self._services,
+            datasets=datasets,
+            store=store,
+            max_pixels=config.max_pixels,
+            patience_seconds=settings.patience_seconds,
+            progress_seconds=settings.progress_seconds,
+        )
+        self._reconciler = Reconciler(self._database, preparer, _limits(settings))
+        inspector = ImageInspector(self._services.vae, settings.patience_seconds)
+        examiner = Examiner(self._database, datasets, self._services, config)
+        self.server = Server(
+            [
+                ServedService(
+                    name=f"{_PACKAGE}.TrainingService",
+                    add_to_server=training_pb2_grpc.add_TrainingServiceServicer_to_server,
+                    servicer=TrainingServicer(self._database, store, examiner),
+                ),
+                ServedService(
+                    name=f"{_PACKAGE}.DatasetService",
+                    add_to_server=training_pb2_grpc.add_DatasetServiceServicer_to_server,
+                    servicer=DatasetServicer(datasets, store, inspector),
+                ),
+                ServedService(
+                    name=f"{_PACKAGE}.WorkerService",
+                    add_to_server=training_pb2_grpc.add_WorkerServiceServicer_to_server,
+                    servicer=WorkerServicer(self._database, store, self._reconciler, settings.lease_seconds),
+                ),
+            ],
+            settings,
+            load=self._load,
+            begin_drain=self._begin_drain,
+            stop=self._stop,
+        )
+
+    async def _load(self) -> None:
+        await asyncio.to_thread(self._store.check)
+        await self._database.open()
+        self._reconciler.start(LocalLauncher(self._worker_command()))
+
+    async def _begin_drain(self) -> None:
+        # While calls are still answered: workers complete their leases, and who watches is sent away to come back.
+        await self._reconciler.stop()
+        self._database.changes.close()
+
+    async def _stop(self) -> None:
+        await self._services.close()
+        await self._database.close()
+
+    def _worker_command(self) -> WorkerCommand:
+        settings = self._settings
+        address = settings.trainer_address or f"{settings.host}:{self.server.port}"
+        arguments = ["--trainer", address, "--sampler", settings.sampler, "--checkpoint", settings.checkpoint]
+        return WorkerCommand(
+            arguments=arguments,
+            environment=_store_environment(settings),
+            log_dir=settings.state_dir / "workers",
+            module=settings.worker_module,
+            num_standby=settings.standby_workers,
+        )
+
+
+async def make_server(settings: TrainerSettings) -> Server:
+    """Return the trainer's server, which listens to nothing yet.
+
+    Raises:
+        NotFoundError: the checkpoint has no transformer configuration.
+    """
+    store = open_store(settings)
+    config = await asyncio.to_thread(read_transformer_config, settings.checkpoint, store)
+    return Trainer(settings, store, config).server
+
+
+def _database_url(settings: TrainerSettings) -> str:
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return sqlite_url(settings.state_dir)
+
+
+def _limits(settings: TrainerSettings) -> ReconcilerLimits:
+    return ReconcilerLimits(
+        max_concurrent_jobs=settings.max_concurrent_jobs,
+        lease_seconds=settings.lease_seconds,
+        start_seconds=settings.worker_start_seconds,
+        stop_seconds=settings.worker_stop_seconds,
+        max_starts_without_progress=settings.max_starts_without_progress,
+        tick_seconds=settings.tick_seconds,
+    )
+
+
+def _store_environment(settings: TrainerSettings) -> dict[str, str]:
+    """Return the store's settings as a worker reads them; secrets travel by environment only."""
+    values = {
+        "REVERIE_STORE_ENDPOINT": settings.store_endpoint,
+        "REVERIE_STORE_BUCKET": settings.store_bucket,
+        "REVERIE_STORE_REGION": settings.store_region,
+        "REVERIE_STORE_ACCESS_KEY": settings.store_access_key.get_secret_value(),
+        "REVERIE_STORE_SECRET_KEY": settings.store_secret_key.get_secret_value(),
+        "REVERIE_STORE_PUBLIC_ENDPOINT": settings.store_public_endpoint or "",
+        "REVERIE_STORE_RETRY_SECONDS": str(settings.store_retry_seconds),
+    }
+    return {name: value for name, value in values.items() if value}

@@ -1,0 +1,25 @@
+"""The files that a job makes: their names, and the URLs to download them from."""
+
+from datetime import timedelta
+
+from reverie.common.v1 import common_pb2
+from reverie.training.v1 import job_pb2, training_pb2
+from reverie_common.storage import ObjectStore
+
+ADAPTER_PATH = "adapter/pytorch_lora_weights.safetensors"
+LYCORIS_CONFIG_PATH = "adapter/lycoris_config.json"
+METRICS_PATH = "metrics.jsonl"
+
+DOWNLOAD_EXPIRES = timedelta(hours=1)
+
+
+def validation_image_path(image: job_pb2.ValidationImage) -> str:
+    """Return the path under which a validation picture is saved."""
+    size = f"{image.width}x{image.height}"
+    return f"validation/step_{image.step}_{image.prompt_name}_{image.image_index}_{size}.png"
+
+
+def artifact_message(store: ObjectStore, path: str, reference: common_pb2.ObjectRef) -> training_pb2.Artifact:
+    """Return an artifact with a URL that needs no credentials for an hour. Blocks."""
+    url = store.presign_get(store.key_of(reference.uri), expires=DOWNLOAD_EXPIRES)
+    return training_pb2.Artifact(path=path, object=reference, download_url=url)

@@ -1,0 +1,147 @@
+"""CheckTrainingJob: what would be accepted, what it would take, and the plan, without changing anything."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from reverie.common.v1 import common_pb2
+from reverie.encoder.v1 import encoder_pb2
+from reverie.training.v1 import job_pb2, training_pb2
+from reverie.vae.v1 import vae_pb2
+from reverie_common.errors import ReverieError
+
+from reverie_trainer.jobs.adapter_selection import TransformerConfig
+from reverie_trainer.jobs.admission import Admission, describe_plan, examine
+from reverie_trainer.jobs.buckets import Bucket, ImageSize, count_buckets, describe_underfilled, plan_images
+from reverie_trainer.jobs.database import Database
+from reverie_trainer.jobs.datasets import Datasets, Sample
+from reverie_trainer.jobs.estimate import (
+    count_prompts,
+    epoch_steps,
+    seconds_per_step,
+    storage_bytes,
+    worker_memory_bytes,
+)
+from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.inspection import ImageInspector
+from reverie_trainer.jobs.preparation import geometry_of
+from reverie_trainer.jobs.services import Services
+from reverie_trainer.jobs.spec import JobSpec, spec_to_proto
+
+logger = logging.getLogger(__name__)
+
+_DESCRIBE_SECONDS = 3.0
+
+# A check answers at once; images that are not opened by then are left to preparation.
+_INSPECT_SECONDS = 20.0
+
+
+class Examiner:
+    """Checks jobs against the datasets, the model and the services of this trainer."""
+
+    def __init__(self, database: Database, datasets: Datasets, services: Services, config: TransformerConfig) -> None:
+        self._database = database
+        self._datasets = datasets
+        self._services = services
+        self._config = config
+        self._inspector = ImageInspector(services.vae, patience_seconds=0.0)
+
+    async def admit(self, spec: JobSpec) -> Admission:
+        """Return whether a job would be accepted, and the datasets that it would train on."""
+        return await examine(spec, self._datasets, self._config)
+
+    async def check(self, spec: JobSpec) -> training_pb2.CheckTrainingJobResponse:
+        """Return every violation, or the plan and what the job would take."""
+        admission = await self.admit(spec)
+        response = training_pb2.CheckTrainingJobResponse(spec=spec_to_proto(spec))
+        for violation in admission.violations:
+            response.violations.add(field=violation.field, description=violation.description)
+        if admission.violations or admission.selection is None:
+            return response
+        buckets, problems = await self._buckets(admission)
+        response.plan.extend(describe_plan(admission, self._config, buckets))
+        response.plan.extend(problems)
+        descriptions = await self._describe_encoders()
+        if descriptions is None:
+            response.plan.append("storage: only latents are counted, because no encoder service answers")
+        response.estimate.CopyFrom(await self._estimate(admission, buckets, descriptions or []))
+        steps = response.estimate.steps_per_epoch
+        epochs = spec.optimization.max_steps / steps if steps else 0.0
+        response.plan.append(f"{steps} steps in an epoch, {epochs:.1f} epochs")
+        return response
+
+    async def _estimate(
+        self,
+        admission: Admission,
+        buckets: Sequence[Bucket] | None,
+        descriptions: Sequence[encoder_pb2.EncoderDescription],
+    ) -> job_pb2.JobEstimate:
+        spec = admission.spec
+        num_images = {name: len(manifest.samples) for name, manifest in admission.manifests.items()}
+        estimate = job_pb2.JobEstimate(
+            steps_per_epoch=epoch_steps(spec, num_images, buckets),
+            storage_bytes=storage_bytes(count_prompts(admission), descriptions, self._pixels(admission, buckets)),
+        )
+        if admission.selection is not None:
+            estimate.worker_memory_bytes = worker_memory_bytes(spec, self._config, admission.selection)
+        seconds = await self._database.run(lambda session: seconds_per_step(session, spec))
+        if seconds is not None:
+            estimate.training_time.CopyFrom(Duration(seconds=math.ceil(seconds * spec.optimization.max_steps)))
+        return estimate
+
+    def _pixels(self, admission: Admission, buckets: Sequence[Bucket] | None) -> int:
+        if buckets is not None:
+            return sum(bucket.num_images * bucket.width * bucket.height for bucket in buckets)
+        return sum(
+            len(admission.manifests[choice.dataset].samples) * min(choice.resolution**2, self._config.max_pixels)
+            for choice in admission.spec.datasets
+        )
+
+    async def _buckets(self, admission: Admission) -> tuple[list[Bucket] | None, list[str]]:
+        """Return the buckets, None where the images cannot be opened now, and what is wrong with the images."""
+        problems: list[str] = []
+        buckets: list[Bucket] = []
+        try:
+            async with asyncio.timeout(_INSPECT_SECONDS):
+                for choice in admission.spec.datasets:
+                    samples = admission.manifests[choice.dataset].samples
+                    sizes, rejected = await self._sizes(samples)
+                    problems += rejected
+                    geometry = geometry_of(choice, self._config.max_pixels, admission.spec.seed)
+                    plans = plan_images(sizes, geometry)
+                    shapes = [(plan.width, plan.height) for plan in plans]
+                    buckets += count_buckets(choice.dataset, choice.repeats, shapes)
+        except (JobFailedError, ReverieError, TimeoutError) as error:
+            logger.info("images are not opened for a check: %s", error)
+            return None, []
+        optimization = admission.spec.optimization
+        underfilled = describe_underfilled(buckets, optimization.batch_size, optimization.gradient_accumulation_steps)
+        return buckets, problems + ([f"WARNING: {underfilled}"] if underfilled else [])
+
+    async def _sizes(self, samples: Sequence[Sample]) -> tuple[list[ImageSize], list[str]]:
+        found: dict[int, ImageSize] = {}
+        rejected = []
+
+        async def on_inspected(index: int, response: vae_pb2.InspectImagesResponse) -> None:
+            if response.HasField("rejection"):
+                rejected.append(f"WARNING: {samples[index].name} cannot be used: {response.rejection.message}")
+            else:
+                image = response.image
+                key = samples[index].image.sha256
+                found[index] = ImageSize(key=key, width=image.width, height=image.height)
+
+        images: list[common_pb2.ObjectRef] = [sample.image for sample in samples]
+        await self._inspector.inspect(images, on_inspected)
+        return [found[index] for index in sorted(found)], rejected
+
+    async def _describe_encoders(self) -> list[encoder_pb2.EncoderDescription] | None:
+        described: dict[int, encoder_pb2.EncoderDescription] = {}
+        try:
+            for client in self._services.encoders:
+                described.update({item.encoder: item for item in await client.describe(_DESCRIBE_SECONDS)})
+        except ReverieError as error:
+            logger.info("encoders are not described for a check: %s", error.message)
+            return None
+        return list(described.values())

@@ -1,0 +1,363 @@
+"""Preparing a job's data: open the images, plan their buckets, have prompts and images encoded, write the manifest.
+
+Nothing here holds what matters: every step may be repeated, and everything that was made before is found in the store.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from reverie.common.v1 import common_pb2
+from reverie.training.v1 import job_pb2
+from reverie.vae.v1 import vae_pb2
+from reverie_common.storage import ObjectStore
+
+from reverie_trainer.jobs.admission import captions_of
+from reverie_trainer.jobs.buckets import (
+    EMPTY_REMEDY,
+    UNDERFILLED_REMEDY,
+    Bucket,
+    Geometry,
+    ImagePlan,
+    ImageSize,
+    count_buckets,
+    describe_empty,
+    describe_underfilled,
+    plan_images,
+)
+from reverie_trainer.jobs.datasets import Datasets, Sample
+from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.inspection import ImageInspector
+from reverie_trainer.jobs.patience import Notice, Patience, ask_in_chunks, both, patiently
+from reverie_trainer.jobs.prepared import (
+    Prepared,
+    PreparedSample,
+    bucket_reports,
+    load_prepared,
+    prepared_digest,
+    save_prepared,
+)
+from reverie_trainer.jobs.progress import OnProgress, StageProgress
+from reverie_trainer.jobs.prompts import EncodedPrompts, EncoderPlan, encode_prompts, plan_encoders
+from reverie_trainer.jobs.services import PlannedImage, Services
+from reverie_trainer.jobs.spec import DatasetChoice, JobSpec
+
+Result = TypeVar("Result")
+
+_IMAGE_CHUNK = 16
+_IMAGE_PARALLEL = 4
+
+# The report travels with every GetTrainingJob; what goes beyond is told as a number in a notice.
+MAX_REJECTED = 200
+MAX_TRUNCATED = 100
+_MAX_DROPPED_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparationTask:
+    """What is to be prepared, and who is told."""
+
+    spec: JobSpec
+    dataset_versions: Mapping[str, str]
+    on_progress: OnProgress
+    notice: Notice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparationResult:
+    """What the worker reads, and what people are told."""
+
+    manifest: common_pb2.ObjectRef
+    report: job_pb2.PreparationReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    """A sample of one of the job's datasets, with what is known of it so far."""
+
+    choice: int
+    """Index of its dataset in the job."""
+    sample: Sample
+    captions: tuple[str, ...]
+    size: tuple[int, int] | None = None
+    plan: ImagePlan | None = None
+    latents: common_pb2.TensorRef | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Rejections:
+    """Samples that cannot be used."""
+
+    items: list[job_pb2.RejectedSample] = field(default_factory=list)
+    by_choice: dict[int, int] = field(default_factory=dict)
+
+    def add(self, candidate: _Candidate, dataset: str, rejection: vae_pb2.ImageRejection) -> None:
+        self.by_choice[candidate.choice] = self.by_choice.get(candidate.choice, 0) + 1
+        self.items.append(
+            job_pb2.RejectedSample(dataset=dataset, sample=candidate.sample.name, message=rejection.message)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparer:
+    """Prepares jobs with the services and the store of this trainer."""
+
+    services: Services
+    datasets: Datasets
+    store: ObjectStore
+    max_pixels: int
+    """The checkpoint's canvas."""
+    patience_seconds: float
+    """How long a service may be away before a job fails."""
+    progress_seconds: float
+    """Progress is told at most this often."""
+
+    async def prepare(self, task: PreparationTask) -> PreparationResult:
+        """Prepare a job's data; may be cancelled and repeated at any moment.
+
+        Raises:
+            JobFailedError: the data cannot be trained on, or a service was away for too long.
+            ReverieError: a service or the store refused something.
+        """
+        return await _Preparation(self, task).run()
+
+
+class _Preparation:
+    """The preparation of one job."""
+
+    def __init__(self, preparer: Preparer, task: PreparationTask) -> None:
+        self._preparer = preparer
+        self._services = preparer.services
+        self._store = preparer.store
+        self._task = task
+        self._spec = task.spec
+        self._rejections = _Rejections()
+        self._num_images_cached = 0
+        self._vae_patience = self._patience(f"the vae service at {preparer.services.vae.address}")
+        self._store_patience = self._patience("the object store")
+
+    async def run(self) -> PreparationResult:
+        encoders = await plan_encoders(self._services.encoders, self._preparer.patience_seconds, self._task.notice)
+        vae = await patiently(self._services.vae.describe, self._vae_patience)
+        digest = prepared_digest(
+            self._spec,
+            self._task.dataset_versions,
+            encoder_fingerprints=encoders.fingerprints,
+            vae_fingerprint=vae.fingerprint,
+            max_pixels=self._preparer.max_pixels,
+        )
+        manifest = await self._in_store(lambda: load_prepared(self._store, digest))
+        if manifest is None:
+            prepared = await self._prepare_anew(encoders)
+            manifest = await self._in_store(lambda: save_prepared(self._store, digest, prepared))
+        require_batches(self._spec, manifest.buckets)
+        return PreparationResult(manifest=manifest.reference, report=manifest.report)
+
+    async def _prepare_anew(self, encoders: EncoderPlan) -> Prepared:
+        inspected = await self._inspect(await self._load_candidates())
+        self._require_images(inspected)
+        planned = self._plan(inspected)
+        require_batches(self._spec, _buckets_of(self._spec, planned))
+        prompts = sorted({"", *(caption for item in planned for caption in item.captions)})
+        encoded, usable = await both(
+            encode_prompts(prompts, encoders, self._progress("encode_prompts", len(prompts))),
+            self._encode_images(planned),
+        )
+        self._require_images(usable)
+        report = self._report(usable, encoded)
+        await self._tell_losses(report, encoded)
+        return Prepared(
+            samples=tuple(_prepared_sample(item, self._spec.datasets[item.choice]) for item in usable),
+            embeddings=encoded.embeddings,
+            buckets=tuple(_buckets_of(self._spec, usable)),
+            report=report,
+        )
+
+    async def _load_candidates(self) -> list[_Candidate]:
+        candidates = []
+        for index, choice in enumerate(self._spec.datasets):
+            version = self._task.dataset_versions[choice.dataset]
+            manifest = await patiently(
+                lambda name=choice.dataset, version=version: self._preparer.datasets.load(name, version),  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+                self._store_patience,
+            )
+            candidates += [
+                _Candidate(choice=index, sample=sample, captions=captions_of(sample.captions, choice))
+                for sample in manifest.samples
+            ]
+        return candidates
+
+    async def _inspect(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        sizes: dict[int, tuple[int, int]] = {}
+        progress = self._progress("inspect", len(candidates))
+
+        async def on_inspected(index: int, response: vae_pb2.InspectImagesResponse) -> None:
+            if response.HasField("rejection"):
+                self._reject(candidates[index], response.rejection)
+            else:
+                sizes[index] = (response.image.width, response.image.height)
+            await progress.advance()
+
+        await progress.begin()
+        inspector = ImageInspector(self._services.vae, self._preparer.patience_seconds)
+        await inspector.inspect([item.sample.image for item in candidates], on_inspected, self._task.notice)
+        return [replace(item, size=sizes[index]) for index, item in enumerate(candidates) if index in sizes]
+
+    def _plan(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        planned = []
+        for index, choice in enumerate(self._spec.datasets):
+            own = [item for item in candidates if item.choice == index]
+            sizes = [_image_size(item) for item in own]
+            plans = plan_images(sizes, geometry_of(choice, self._preparer.max_pixels, self._spec.seed))
+            planned += [replace(item, plan=plan) for item, plan in zip(own, plans, strict=True)]
+        return planned
+
+    async def _encode_images(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        latents: dict[int, common_pb2.TensorRef] = {}
+        progress = self._progress("encode_images", len(candidates))
+
+        async def on_encoded(index: int, response: vae_pb2.EncodeImagesResponse) -> None:
+            if response.HasField("rejection"):
+                self._reject(candidates[index], response.rejection)
+            else:
+                latents[index] = response.moments.tensor
+            await progress.advance(cached=response.cached)
+
+        await progress.begin()
+        await ask_in_chunks(
+            [_planned_image(item) for item in candidates],
+            self._services.vae.encode,
+            on_encoded,
+            patience=self._vae_patience,
+            chunk_size=_IMAGE_CHUNK,
+            num_parallel=_IMAGE_PARALLEL,
+        )
+        self._num_images_cached = progress.num_cached
+        return [replace(item, latents=latents[index]) for index, item in enumerate(candidates) if index in latents]
+
+    def _reject(self, candidate: _Candidate, rejection: vae_pb2.ImageRejection) -> None:
+        self._rejections.add(candidate, self._spec.datasets[candidate.choice].dataset, rejection)
+
+    def _require_images(self, candidates: Sequence[_Candidate]) -> None:
+        """Refuse a dataset of which nothing is left, with what was wrong with its first image."""
+        used = {item.choice for item in candidates}
+        for index, choice in enumerate(self._spec.datasets):
+            if index not in used:
+                message = describe_empty(choice.dataset, self._rejections.by_choice.get(index, 0))
+                examples = [item for item in self._rejections.items if item.dataset == choice.dataset][:1]
+                why = "".join(f"; {item.sample}: {item.message}" for item in examples)
+                raise JobFailedError("DATASET_EMPTY", message + why, EMPTY_REMEDY)
+
+    def _report(self, candidates: Sequence[_Candidate], encoded: EncodedPrompts) -> job_pb2.PreparationReport:
+        rejected = sorted(self._rejections.items, key=lambda item: (item.dataset, item.sample))
+        truncated = [message for item in candidates for message in self._truncations(item, encoded)]
+        buckets = _buckets_of(self._spec, candidates)
+        return job_pb2.PreparationReport(
+            num_images=len(candidates),
+            num_images_cached=self._num_images_cached,
+            num_prompts=len(encoded.embeddings),
+            num_prompts_cached=encoded.num_cached,
+            rejected=rejected[:MAX_REJECTED],
+            buckets=bucket_reports(buckets),
+            truncated=truncated[:MAX_TRUNCATED],
+            samples_per_epoch=sum(bucket.num_samples for bucket in buckets),
+        )
+
+    def _truncations(self, candidate: _Candidate, encoded: EncodedPrompts) -> list[job_pb2.TruncatedCaption]:
+        return [
+            job_pb2.TruncatedCaption(
+                dataset=self._spec.datasets[candidate.choice].dataset,
+                sample=candidate.sample.name,
+                encoder=cut.encoder,
+                num_tokens=cut.num_tokens,
+                max_length=cut.max_length,
+                dropped_text=cut.dropped_text[:_MAX_DROPPED_CHARACTERS],
+            )
+            for caption in candidate.captions
+            for cut in encoded.cuts.get(caption, ())
+        ]
+
+    async def _tell_losses(self, report: job_pb2.PreparationReport, encoded: EncodedPrompts) -> None:
+        num_rejected = len(self._rejections.items)
+        if num_rejected:
+            first = report.rejected[0]
+            await self._task.notice(
+                "IMAGES_REJECTED",
+                f"{num_rejected} images are not used, the first is {first.sample} of {first.dataset}: {first.message}",
+            )
+        if encoded.cuts:
+            await self._task.notice(
+                "CAPTIONS_TRUNCATED",
+                f"{len(encoded.cuts)} captions are longer than an encoder reads; the job's preparation report shows "
+                "what was cut off. Say what matters first, or shorten them.",
+            )
+
+    def _progress(self, stage: str, num_total: int) -> StageProgress:
+        return StageProgress(stage, num_total, self._task.on_progress, self._preparer.progress_seconds)
+
+    def _patience(self, service: str) -> Patience:
+        return Patience(service, self._preparer.patience_seconds, self._task.notice)
+
+    async def _in_store(self, work: Callable[[], Result]) -> Result:
+        return await patiently(lambda: asyncio.to_thread(work), self._store_patience)
+
+
+def geometry_of(choice: DatasetChoice, max_pixels: int, seed: int) -> Geometry:
+    """Return how a dataset's images are brought to size on a canvas of `max_pixels`."""
+    return Geometry(
+        resolution=choice.resolution,
+        resolution_type=choice.resolution_type,
+        crop=choice.crop,
+        crop_style=choice.crop_style,
+        max_pixels=max_pixels,
+        seed=seed,
+    )
+
+
+def require_batches(spec: JobSpec, buckets: Sequence[Bucket]) -> None:
+    """Refuse a job of which a bucket cannot fill one optimiser step (spec 6.6).
+
+    Raises:
+        JobFailedError: with a table of the buckets that fail.
+    """
+    optimization = spec.optimization
+    message = describe_underfilled(buckets, optimization.batch_size, optimization.gradient_accumulation_steps)
+    if message is not None:
+        raise JobFailedError("ZERO_USABLE_BATCHES", message, UNDERFILLED_REMEDY)
+
+
+def _buckets_of(spec: JobSpec, candidates: Sequence[_Candidate]) -> list[Bucket]:
+    buckets = []
+    for index, choice in enumerate(spec.datasets):
+        plans = [item.plan for item in candidates if item.choice == index and item.plan is not None]
+        buckets += count_buckets(choice.dataset, choice.repeats, [(plan.width, plan.height) for plan in plans])
+    return buckets
+
+
+def _image_size(candidate: _Candidate) -> ImageSize:
+    if candidate.size is None:
+        raise AssertionError(f"{candidate.sample.name} was planned before it was opened")
+    return ImageSize(key=candidate.sample.image.sha256, width=candidate.size[0], height=candidate.size[1])
+
+
+def _planned_image(candidate: _Candidate) -> PlannedImage:
+    if candidate.plan is None:
+        raise AssertionError(f"{candidate.sample.name} was encoded before it was planned")
+    return PlannedImage(image=candidate.sample.image, plan=candidate.plan)
+
+
+def _prepared_sample(candidate: _Candidate, choice: DatasetChoice) -> PreparedSample:
+    plan, latents = candidate.plan, candidate.latents
+    if plan is None or latents is None:
+        raise AssertionError(f"{candidate.sample.name} is not encoded")
+    return PreparedSample(
+        dataset=choice.dataset,
+        name=candidate.sample.name,
+        width=plan.width,
+        height=plan.height,
+        repeats=choice.repeats,
+        image_sha256=candidate.sample.image.sha256,
+        latents=latents,
+        captions=candidate.captions,
+    )

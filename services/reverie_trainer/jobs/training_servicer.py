@@ -1,0 +1,173 @@
+"""TrainingService: the contract on one side, transactions on the other."""
+
+# ruff: noqa: ARG002, N802 - the contract names the methods and what they are given
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from reverie.training.v1 import training_pb2, training_pb2_grpc
+from reverie_common.storage import ObjectStore
+from sqlalchemy.orm import Session
+
+from reverie_trainer.jobs.admission import Admission
+from reverie_trainer.jobs.artifacts import artifact_message
+from reverie_trainer.jobs.database import Database
+from reverie_trainer.jobs.events import watch
+from reverie_trainer.jobs.examination import Examiner
+from reverie_trainer.jobs.models import JobRow
+from reverie_trainer.jobs.paging import MAX_PAGE_BYTES, read_page, write_token
+from reverie_trainer.jobs.records import job_message
+from reverie_trainer.jobs.repository import (
+    create_job,
+    get_job,
+    list_artifacts,
+    list_checkpoints,
+    list_jobs,
+    request_cancellation,
+    resume_job,
+)
+from reverie_trainer.jobs.requests import check_request_id, digest_of, find_repetition, remember
+from reverie_trainer.jobs.spec import spec_from_proto, spec_to_proto
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
+    """Serves reverie.training.v1.TrainingService."""
+
+    def __init__(self, database: Database, store: ObjectStore, examiner: Examiner) -> None:
+        self._database = database
+        self._store = store
+        self._examiner = examiner
+
+    async def CheckTrainingJob(
+        self, request: training_pb2.CheckTrainingJobRequest, context: Context
+    ) -> training_pb2.CheckTrainingJobResponse:
+        """See the contract."""
+        return await self._examiner.check(spec_from_proto(request.spec))
+
+    async def CreateTrainingJob(
+        self, request: training_pb2.CreateTrainingJobRequest, context: Context
+    ) -> training_pb2.CreateTrainingJobResponse:
+        """See the contract."""
+        check_request_id(request.request_id)
+        spec = spec_from_proto(request.spec)
+        digest = digest_of(spec_to_proto(spec))
+        row = await self._database.run(lambda session: _find_created(session, request.request_id, digest))
+        if row is None:
+            # A repetition is answered before the job is checked again: its datasets may be gone by now.
+            admission = await self._examiner.admit(spec)
+            admission.require()
+            row = await self._database.run(lambda session: _create(session, admission, request.request_id, digest))
+        return training_pb2.CreateTrainingJobResponse(job=job_message(row))
+
+    async def GetTrainingJob(
+        self, request: training_pb2.GetTrainingJobRequest, context: Context
+    ) -> training_pb2.GetTrainingJobResponse:
+        """See the contract."""
+        row = await self._database.run(lambda session: get_job(session, request.job_id))
+        return training_pb2.GetTrainingJobResponse(job=job_message(row))
+
+    async def ListTrainingJobs(
+        self, request: training_pb2.ListTrainingJobsRequest, context: Context
+    ) -> training_pb2.ListTrainingJobsResponse:
+        """See the contract."""
+        page = read_page(request.page_size, request.page_token, "jobs")
+        before_id = int(page.after) if page.after is not None else None
+        rows = await self._database.run(
+            lambda session: list_jobs(session, list(request.states), before_id, page.size + 1)
+        )
+        response = training_pb2.ListTrainingJobsResponse()
+        num_bytes = 0
+        for row in rows[: page.size]:
+            job = job_message(row)
+            num_bytes += job.ByteSize()
+            if response.jobs and num_bytes > MAX_PAGE_BYTES:
+                break
+            response.jobs.append(job)
+        if len(response.jobs) < len(rows):
+            response.next_page_token = write_token("jobs", str(rows[len(response.jobs) - 1].id))
+        return response
+
+    async def CancelTrainingJob(
+        self, request: training_pb2.CancelTrainingJobRequest, context: Context
+    ) -> training_pb2.CancelTrainingJobResponse:
+        """See the contract."""
+        check_request_id(request.request_id)
+        row = await self._database.run(lambda session: _cancel(session, request.job_id, request.request_id))
+        return training_pb2.CancelTrainingJobResponse(job=job_message(row))
+
+    async def ResumeTrainingJob(
+        self, request: training_pb2.ResumeTrainingJobRequest, context: Context
+    ) -> training_pb2.ResumeTrainingJobResponse:
+        """See the contract."""
+        check_request_id(request.request_id)
+        row = await self._database.run(lambda session: _resume(session, request.job_id, request.request_id))
+        return training_pb2.ResumeTrainingJobResponse(job=job_message(row))
+
+    async def WatchTrainingJob(
+        self, request: training_pb2.WatchTrainingJobRequest, context: Context
+    ) -> AsyncIterator[training_pb2.WatchTrainingJobResponse]:
+        """See the contract."""
+        async for event in watch(self._database, request.job_id, request.after_sequence):
+            yield training_pb2.WatchTrainingJobResponse(event=event)
+
+    async def ListCheckpoints(
+        self, request: training_pb2.ListCheckpointsRequest, context: Context
+    ) -> training_pb2.ListCheckpointsResponse:
+        """See the contract."""
+        page = read_page(request.page_size, request.page_token, "checkpoints")
+        before_step = int(page.after) if page.after is not None else None
+        found = await self._database.run(
+            lambda session: list_checkpoints(session, request.job_id, before_step, page.size + 1)
+        )
+        shown = found[: page.size]
+        token = write_token("checkpoints", str(shown[-1].step)) if len(found) > page.size else ""
+        return training_pb2.ListCheckpointsResponse(checkpoints=shown, next_page_token=token)
+
+    async def ListArtifacts(
+        self, request: training_pb2.ListArtifactsRequest, context: Context
+    ) -> training_pb2.ListArtifactsResponse:
+        """See the contract."""
+        page = read_page(request.page_size, request.page_token, "artifacts")
+        found = await self._database.run(
+            lambda session: list_artifacts(session, request.job_id, page.after, page.size + 1)
+        )
+        shown = found[: page.size]
+        artifacts = await asyncio.to_thread(
+            lambda: [artifact_message(self._store, path, reference) for path, reference in shown]
+        )
+        token = write_token("artifacts", shown[-1][0]) if len(found) > page.size else ""
+        return training_pb2.ListArtifactsResponse(artifacts=artifacts, next_page_token=token)
+
+
+def _find_created(session: Session, request_id: str, digest: str) -> JobRow | None:
+    job_id = find_repetition(session, "CreateTrainingJob", request_id, digest)
+    return get_job(session, job_id) if job_id is not None else None
+
+
+def _create(session: Session, admission: Admission, request_id: str, digest: str) -> JobRow:
+    # Asked again: the same request may have arrived twice at the same time.
+    row = _find_created(session, request_id, digest)
+    if row is None:
+        row = create_job(session, spec_to_proto(admission.spec), admission.versions)
+        remember(session, "CreateTrainingJob", request_id, digest, row.job_id)
+    return row
+
+
+def _cancel(session: Session, job_id: str, request_id: str) -> JobRow:
+    if find_repetition(session, "CancelTrainingJob", request_id, job_id) is not None:
+        return get_job(session, job_id)
+    row = request_cancellation(session, job_id)
+    remember(session, "CancelTrainingJob", request_id, job_id, job_id)
+    return row
+
+
+def _resume(session: Session, job_id: str, request_id: str) -> JobRow:
+    if find_repetition(session, "ResumeTrainingJob", request_id, job_id) is not None:
+        return get_job(session, job_id)
+    row = resume_job(session, job_id)
+    remember(session, "ResumeTrainingJob", request_id, job_id, job_id)
+    return row
