@@ -9,9 +9,9 @@ reader that honours the tag.
 """
 
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-import skimage
 from PIL import Image
 
 PHOTOS = Path(__file__).parent / "photos"
@@ -116,7 +116,7 @@ ALL = [
 
 def make(photo: Photo) -> None:
     """Write one photograph and its caption file."""
-    picture = Image.open(Path(skimage.data_dir) / photo.source).convert("RGB")
+    picture = Image.open(Path(str(files("skimage"))) / "data" / photo.source).convert("RGB")
     picture = picture.crop(photo.box) if photo.box else picture
     picture.thumbnail((photo.longest, photo.longest), Image.Resampling.LANCZOS)
     exif = Image.Exif()
