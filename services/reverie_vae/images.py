@@ -19,6 +19,7 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from reverie_vae.limits import DEFAULT_MAX_PIXELS, MAX_FILE_BYTES
 from reverie_vae.rejections import ImageRejectedError, Reason
 from reverie_vae.resize import resize_lanczos
 
@@ -29,12 +30,6 @@ TRANSFORM_VERSION = 1
 
 INSPECTION_VERSION = 1
 """Part of every inspection's key. Raise it when the answer for any file changes."""
-
-DEFAULT_MAX_PIXELS = 100_000_000
-"""100 megapixels: 300 MB when decoded."""
-
-MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Larger files are refused unread."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _READABLE = "JPEG, PNG, WebP, BMP, TIFF or single-frame GIF"

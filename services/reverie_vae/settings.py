@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from reverie_common.concurrency import BatchLimits
 from reverie_common.settings import ServerSettings, StoreSettings
-from reverie_vae.images import DEFAULT_MAX_PIXELS
+from reverie_vae.limits import DEFAULT_MAX_PIXELS
 
 
 class VaeSettings(ServerSettings, StoreSettings):

@@ -1,0 +1,80 @@
+"""`python -m reverie_vae` as a process: it starts, serves, drains, and says in one line why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reverie.vae.v1 import vae_pb2
+from reverie.vae.v1.vae_pb2_grpc import VaeServiceStub
+from reverie_common.rpc.channel import connect
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(store_environment: dict[str, str]) -> Start:
+    """Starts a VAE process on the test's bucket; it ends with the test at the latest."""
+
+    def begin(*arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "reverie_vae", "--port=0", "--metrics-port=0", *arguments]
+        return subprocess.Popen(command, env={**os.environ, **store_environment}, stderr=subprocess.PIPE, text=True)
+
+    return begin
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a file is there; fail when the process ends first, or after a minute."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    process = start(f"--checkpoint={tiny_checkpoint}", f"--ready-file={ready}")
+    try:
+        wait_for(ready, process)
+        ports = json.loads(ready.read_text())
+        async with connect(f"127.0.0.1:{ports['port']}") as channel:
+            described = await VaeServiceStub(channel).DescribeVae(vae_pb2.DescribeVaeRequest())
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert ports["pid"] == process.pid
+    assert described.dtype == "bfloat16"
+    assert process.returncode == 0
+    assert "Traceback" not in log
+    assert all(json.loads(line)["service"] == "vae" for line in log.splitlines())
+
+
+def test_a_missing_part_is_one_line_and_status_1(start: Start, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint, ignore=shutil.ignore_patterns("vae"))
+    process = start(f"--checkpoint={checkpoint}")
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    errors = [line for line in map(json.loads, log.splitlines()) if line["level"] == "error"]
+    assert len(errors) == 1
+    assert "vae" in errors[0]["message"]
+    assert errors[0]["reason"] == "CHECKPOINT_PART_MISSING"
+
+
+def test_wrong_settings_are_one_line_and_status_1(start: Start) -> None:
+    process = start("--dtype=float16", "--max-pixels=0", "--checkpoint=/nowhere")
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(log.splitlines()) == 1
+    assert "--dtype" in log
+    assert "--max-pixels" in log
