@@ -26,6 +26,11 @@ def files_fingerprint(directories: Sequence[Path]) -> str:
     return content_digest({"directories": [_digests(directory) for directory in directories]})
 
 
+def forget_digests() -> None:
+    """Forget what this process read, not what the user's cache remembers: as a new process would start."""
+    _digest_of_state.cache_clear()
+
+
 def _digests(directory: Path) -> dict[str, str]:
     files = sorted(path for path in directory.iterdir() if path.suffix in _SUFFIXES and path.is_file())
     return {path.name: _digest(path) for path in files}
@@ -62,10 +67,10 @@ def _memory_file(path: Path) -> Path:
 
 def _remembered(memory: Path) -> dict[str, object]:
     try:
-        content: dict[str, object] = json.loads(memory.read_text(encoding="utf-8"))
+        content = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _remember(memory: Path, content: dict[str, object]) -> None:
