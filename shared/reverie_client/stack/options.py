@@ -15,7 +15,9 @@ DEFAULT_METRICS_PORTS: Mapping[str, int] = {"encoder": 9101, "vae": 9102, "train
 
 
 def default_state_dir() -> Path:
-    """Return where a stack keeps its state: below XDG_STATE_HOME, by default ~/.local/state."""
+    """Return where a stack keeps its state: REVERIE_STATE_DIR, else below XDG_STATE_HOME, by default ~/.local/state."""
+    if given := os.environ.get("REVERIE_STATE_DIR", ""):
+        return Path(given)
     home = os.environ.get("XDG_STATE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
     base = Path(home) if home.startswith("/") else Path.home() / ".local" / "state"
