@@ -137,7 +137,7 @@ async def upload(reverie: Reverie, dataset: str, console: Console) -> None:
     except AlreadyExistsError:
         console.print(f"the dataset {dataset} is there already")
     with TransferBar(console, "upload") as bar:
-        await reverie.datasets.upload_folder(dataset, local, on_progress=bar.update)
+        await reverie.datasets.upload(dataset, local, on_progress=bar.update)
 
 
 def clear(output: Path) -> None:

@@ -32,26 +32,21 @@ class Datasets:
         request = pb.CreateDatasetRequest(name=name, request_id=new_request_id(request_id))
         return (await call(self._stub.CreateDataset, request, self._policy)).dataset
 
-    async def upload(
-        self,
-        name: str,
-        folders: Sequence[Path],
-        *,
-        needs_captions: bool = True,
-        on_progress: OnProgress = ignore_progress,
+    async def upload_folder(
+        self, name: str, folder: Path, *, needs_captions: bool = True, on_progress: OnProgress = ignore_progress
     ) -> pb.AddSamplesResponse:
-        """Read folders of pictures and captions, send what the store lacks, and add all of it to a dataset.
+        """Read a folder of pictures and captions, send what the store lacks, and add all of it to a dataset.
 
-        May be repeated: what was sent is not sent again. Raises InvalidArgumentError with every problem of the folders,
+        May be repeated: what was sent is not sent again. Raises InvalidArgumentError with every problem of the folder,
         NotFoundError for an unknown dataset, TransferError.
         """
-        local = await asyncio.to_thread(read_folders, folders, needs_captions=needs_captions)
-        return await self.upload_folder(name, local, on_progress=on_progress)
+        local = await asyncio.to_thread(read_folders, [folder], needs_captions=needs_captions)
+        return await self.upload(name, local, on_progress=on_progress)
 
-    async def upload_folder(
+    async def upload(
         self, name: str, local: LocalFolder, *, on_progress: OnProgress = ignore_progress
     ) -> pb.AddSamplesResponse:
-        """Send folders that were read before, as `upload` does."""
+        """Send folders that `read_folders` has read, as upload_folder does."""
         await self.get(name)
         files = {sample.sha256: sample.path for sample in local.samples}
         images = await self.send_files(files, on_progress=on_progress)

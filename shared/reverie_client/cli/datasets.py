@@ -135,7 +135,7 @@ async def _upload(reverie: Reverie, name: str, local: LocalFolder) -> pb.AddSamp
         names = ", ".join(path.name for path in local.ignored[:5]) + (", ..." if len(local.ignored) > 5 else "")
         stderr().print(f"passed over {len(local.ignored)} files that are neither pictures nor captions: {names}")
     with TransferBar(stderr(), "upload") as bar:
-        return await reverie.datasets.upload_folder(name, local, on_progress=bar.update)
+        return await reverie.datasets.upload(name, local, on_progress=bar.update)
 
 
 async def _scan(name: str, address: str | None) -> list[pb.ScanDatasetResponse]:
