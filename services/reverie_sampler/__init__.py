@@ -1,0 +1,1 @@
+"""The sampler service: draws pictures with a resident transformer, and adapters that come and go."""
