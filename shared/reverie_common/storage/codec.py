@@ -19,15 +19,15 @@ HEADER_BYTES = len(MAGIC) + 8
 MAX_DECOMPRESSED_BYTES = 1 << 30
 
 
-def compress(body: bytes) -> bytes:
+def compress(body: bytes, *, max_size_bytes: int = MAX_DECOMPRESSED_BYTES) -> bytes:
     """Compress a body without loss; the same body always gives the same bytes.
 
     Raises:
-        InvalidArgumentError: the body is larger than decompress would accept.
+        InvalidArgumentError: the body is larger than max_size_bytes, which decompress would not accept.
     """
-    if len(body) > MAX_DECOMPRESSED_BYTES:
+    if len(body) > max_size_bytes:
         raise InvalidArgumentError(
-            f"{len(body)} bytes are above the codec's limit of {MAX_DECOMPRESSED_BYTES}; store them uncompressed",
+            f"{len(body)} bytes are above the codec's limit of {max_size_bytes}; store them uncompressed",
             reason="OBJECT_TOO_LARGE",
         )
     frame = zstandard.ZstdCompressor(level=1).compress(body[0::2] + body[1::2])
