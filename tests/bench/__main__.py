@@ -1,4 +1,7 @@
-"""`make bench`: ratios against the peer or the physical limit, each within one run. Exit code 1 when a limit is missed."""
+"""`make bench`: ratios against the peer or the physical limit, each within one run.
+
+Exit code 1 when a limit is missed.
+"""
 
 from __future__ import annotations
 

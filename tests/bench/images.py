@@ -27,7 +27,10 @@ def measure() -> Iterator[Figure]:
             resize_width=edge, resize_height=1024, crop_left=(edge - 1024) // 2, crop_top=0, width=1024, height=1024
         )
         ours, pillow = interleaved(
-            [lambda body=body, plan=plan: read_pixels(body, plan), lambda b=body, p=plan: read_pixels_with_pillow(b, p)],
+            [
+                lambda body=body, plan=plan: read_pixels(body, plan),
+                lambda b=body, p=plan: read_pixels_with_pillow(b, p),
+            ],
             rounds=ROUNDS,
         )
         yield Figure(

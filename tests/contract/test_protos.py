@@ -43,9 +43,7 @@ def test_every_rpc_has_a_servicer_method_of_its_own(method: MethodDescriptor) ->
     assert not implementing.__module__.endswith("_pb2_grpc"), f"{method.full_name} would answer UNIMPLEMENTED"
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.containing_service.name not in INTERNAL], ids=method_id
-)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.containing_service.name not in INTERNAL], ids=method_id)
 def test_every_public_rpc_is_called_by_the_sdk(method: MethodDescriptor) -> None:
     sdk = Path(inspect.getfile(import_module("reverie_client"))).parent
     sources = "\n".join(path.read_text() for path in sdk.glob("*.py"))
