@@ -52,9 +52,13 @@ def _build_lion(
         betas=(0.9, 0.99),
         weight_decay=weight_decay,
         kahan_sum=low_precision,
-        foreach=True,
+        foreach=False,
         triton=False,
     )
+    # Set here, as optimi's constructor warns that foreach gives way to Triton, which a CPU does not have: one kernel
+    # over hundreds of small tensors instead of four for each.
+    for group in lion.param_groups:
+        group["foreach"] = True
     return lion
 
 
