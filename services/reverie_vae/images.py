@@ -41,6 +41,7 @@ _SIGNATURES = {
     b"II*\x00": "TIFF",
     b"MM\x00*": "TIFF",
 }
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -281,6 +282,8 @@ def _find_silent_damage(image: Image.Image, body: bytes) -> None:
         # Raises ValueError on libjpeg's warnings, which Pillow drops.
         simplejpeg.decode_jpeg(body, "CMYK", strict=True)
     elif image.format == "PNG":
+        if _PNG_END not in body:
+            raise ValueError("truncated PNG file")
         with Image.open(io.BytesIO(body), formats=("PNG",)) as copy:
             copy.verify()  # every chunk's checksum; Pillow's load skips those of the pixels
 

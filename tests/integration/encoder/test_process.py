@@ -1,5 +1,6 @@
 """`python -m reverie_encoder` as a process: it starts, serves, drains, and says in one line why it cannot."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,13 @@ import pytest
 from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceStub
 from reverie_common.rpc.channel import connect
+
+METRICS = (
+    'reverie_encoder_queue_depth{encoder="t5"} 0.0',
+    'reverie_encoder_batch_size_count{encoder="t5"} 1.0',
+    'reverie_encoder_embeddings_total{encoder="t5",source="computed"} 1.0',
+    'reverie_encoder_model_load_seconds{encoder="clip_l"}',
+)
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -39,6 +48,13 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
+def read_metrics(port: int) -> str:
+    """The process's metrics as Prometheus sees them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text: str = page.read().decode()
+    return text
+
+
 async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_checkpoint: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     process = start(f"--checkpoint={tiny_checkpoint}", "--encoders=clip_l,t5", f"--ready-file={ready}")
@@ -48,6 +64,7 @@ async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_ch
         async with connect(f"127.0.0.1:{ports['port']}") as channel:
             request = encoder_pb2.EncodePromptsRequest(prompts=["from another process"])
             answers = [answer async for answer in EncoderServiceStub(channel).EncodePrompts(request)]
+        metrics = await asyncio.to_thread(read_metrics, ports["metrics_port"])
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
     finally:
@@ -55,6 +72,8 @@ async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_ch
         process.wait()
     assert ports["pid"] == process.pid
     assert len(answers[0].embeddings) == 2
+    for sample in METRICS:
+        assert f"\n{sample}" in metrics
     assert process.returncode == 0
     assert "Traceback" not in log
     assert all(json.loads(line)["service"] == "encoder" for line in log.splitlines())

@@ -1,5 +1,6 @@
 """`python -m reverie_vae` as a process: it starts, serves, drains, and says in one line why it cannot."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,13 @@ import pytest
 from reverie.vae.v1 import vae_pb2
 from reverie.vae.v1.vae_pb2_grpc import VaeServiceStub
 from reverie_common.rpc.channel import connect
+
+METRICS = (
+    'reverie_vae_queue_depth{queue="encode"} 0.0',
+    'reverie_vae_latents_total{source="cached"} 0.0',
+    'reverie_vae_rejections_total{reason="CORRUPT"} 0.0',
+    "reverie_vae_model_load_seconds",
+)
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -39,6 +48,13 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
+def read_metrics(port: int) -> str:
+    """The process's metrics as Prometheus sees them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text: str = page.read().decode()
+    return text
+
+
 async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_checkpoint: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     process = start(f"--checkpoint={tiny_checkpoint}", f"--ready-file={ready}")
@@ -47,6 +63,7 @@ async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_ch
         ports = json.loads(ready.read_text())
         async with connect(f"127.0.0.1:{ports['port']}") as channel:
             described = await VaeServiceStub(channel).DescribeVae(vae_pb2.DescribeVaeRequest())
+        metrics = await asyncio.to_thread(read_metrics, ports["metrics_port"])
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
     finally:
@@ -54,6 +71,8 @@ async def test_serves_until_sigterm_and_ends_with_status_0(start: Start, tiny_ch
         process.wait()
     assert ports["pid"] == process.pid
     assert described.dtype == "bfloat16"
+    for sample in METRICS:
+        assert f"\n{sample}" in metrics
     assert process.returncode == 0
     assert "Traceback" not in log
     assert all(json.loads(line)["service"] == "vae" for line in log.splitlines())
