@@ -25,7 +25,7 @@ def failure_of(error: BaseException) -> JobFailure | None:
             reason="NON_FINITE_LOSS",
             message=str(error),
             remedy="lower optimization.learning_rate or optimization.max_grad_norm, add warm-up, and resume the job: "
-            "it goes on from its newest checkpoint; with mixed_precision `no` the loss is computed in float32 throughout",
+            "it goes on from its newest checkpoint; with mixed_precision `no` everything is computed in float32",
         )
     if isinstance(error, AdapterMatchesNothingError):
         return JobFailure(

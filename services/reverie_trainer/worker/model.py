@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import torch
 from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
+from reverie_hidream.checkpoint import require_parts
 from reverie_hidream.transformer import load_transformer
 
 from reverie_trainer.worker.adapter_file import lokr_config
@@ -39,9 +40,10 @@ class ModelLoader:
         """The frozen transformer, quantised if the job wants that. Blocks for seconds to minutes.
 
         Raises:
-            ReverieError, OSError: a part of the checkpoint is missing.
+            NotFoundError: the checkpoint has no transformer, or a part of it.
             ValueError: the precision is unknown.
         """
+        require_parts(self.checkpoint, ["transformer"])
         return load_transformer(
             self.checkpoint, device=self.device, dtype=self.job.dtype, precision=self.job.spec.model.base_precision
         )
