@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> Metrics:
 def draw_sheet(job: TrainingJob, pictures: Sequence[Picture], path: Path) -> Path:
     """Draw base | step N | ... in columns and prompts and sizes in rows, labelled, to a PNG.
 
-    Pictures are shown whole, scaled to cells of 256 pixels. Raises ValueError without a picture.
+    Pictures are shown whole, scaled to 256 pixels on the longer edge. Raises ValueError without a picture.
     """
     from PIL import Image, ImageDraw
 
@@ -96,21 +96,33 @@ def draw_sheet(job: TrainingJob, pictures: Sequence[Picture], path: Path) -> Pat
     prompts = {prompt.name: prompt.prompt for prompt in job.spec.validation.prompts}
     steps = sorted({picture.step for picture in pictures})
     rows = _rows(pictures, list(prompts))
-    row_height = CELL_PIXELS + LABEL_PIXELS + GAP_PIXELS
-    size = (GAP_PIXELS + len(steps) * (CELL_PIXELS + GAP_PIXELS), LABEL_PIXELS + GAP_PIXELS + len(rows) * row_height)
-    sheet = Image.new("RGB", size, PAPER)
+    tops = _tops(rows)
+    sheet = Image.new("RGB", (GAP_PIXELS + len(steps) * (CELL_PIXELS + GAP_PIXELS), tops[-1]), PAPER)
     pen = ImageDraw.Draw(sheet)
     font = _font()
     for column, step in enumerate(steps):
         pen.text((_left(column), GAP_PIXELS), f"step {step}" if step else "base", fill=INK, font=font)
-    for number, row in enumerate(rows):
-        top = LABEL_PIXELS + GAP_PIXELS + number * row_height
+    for row, top in zip(rows, tops, strict=False):
         label = f"{row[0]}  {row[1]}x{row[2]}  {prompts.get(row[0], '')}"
-        pen.text((GAP_PIXELS, top), _fitting(label, font, size[0] - 2 * GAP_PIXELS), fill=INK, font=font)
+        pen.text((GAP_PIXELS, top), _fitting(label, font, sheet.width - 2 * GAP_PIXELS), fill=INK, font=font)
         for picture in (picture for picture in pictures if picture.row == row):
             _paste(sheet, picture, _left(steps.index(picture.step)), top + LABEL_PIXELS)
     sheet.save(path)
     return path
+
+
+def _tops(rows: Sequence[tuple[str, int, int, int]]) -> list[int]:
+    """Return where each row's label begins, and the height of the sheet as the last."""
+    tops = [LABEL_PIXELS + GAP_PIXELS]
+    for _, width, height, _ in rows:
+        tops.append(tops[-1] + LABEL_PIXELS + _cell(width, height)[1] + GAP_PIXELS)
+    return tops
+
+
+def _cell(width: int, height: int) -> tuple[int, int]:
+    """Return the size in which a picture is shown: its longer edge is that of a cell."""
+    scale = CELL_PIXELS / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _rows(pictures: Sequence[Picture], names: Sequence[str]) -> list[tuple[str, int, int, int]]:
@@ -127,10 +139,7 @@ def _paste(sheet: "Image.Image", picture: Picture, left: int, top: int) -> None:
     from PIL import Image
 
     with Image.open(picture.path) as image:
-        scale = CELL_PIXELS / max(image.size)
-        small = image.convert("RGB").resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-        )
+        small = image.convert("RGB").resize(_cell(picture.width, picture.height), Image.Resampling.LANCZOS)
     sheet.paste(small, (left, top))
 
 
@@ -170,7 +179,8 @@ def draw_loss(title: str, metrics: Metrics, path: Path) -> Path:
     rates.set_ylim(bottom=0)
     rates.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0))
     lines = [*losses.get_lines(), *rates.get_lines()]
-    losses.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    # Of the two, the axes of the rate are drawn last: the legend belongs there, so that no line crosses it.
+    rates.legend(lines, [str(line.get_label()) for line in lines], loc="center right", framealpha=1.0)
     losses.set_title(title)
     figure.savefig(path)
     return path

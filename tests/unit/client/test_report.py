@@ -54,7 +54,7 @@ def test_sheet_has_a_column_for_each_step_and_a_row_for_each_prompt_and_size(
 ) -> None:
     with Image.open(draw_sheet(job, find_pictures(pictures), tmp_path / "sheet.png")) as sheet:
         assert sheet.width // CELL_PIXELS == 3
-        assert sheet.height // CELL_PIXELS == 4
+        assert sheet.height == 32 + 2 * (24 + CELL_PIXELS + 8) + 2 * (24 + 154 + 8)
         # The first row is the job's first prompt; columns go by step as a number, 100 after 20.
         colours = [sheet.getpixel((8 + column * (CELL_PIXELS + 8) + 100, 150)) for column in range(3)]
     assert colours == [(0, 100, 50), (20, 100, 50), (100, 100, 50)]
