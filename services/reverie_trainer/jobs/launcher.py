@@ -50,7 +50,7 @@ class Launcher(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what was kept warm; workers run on."""
+        """End what was kept warm, and workers that have completed their jobs and not exited yet."""
         ...
 
 
@@ -141,6 +141,7 @@ class LocalLauncher:
 
     def warm_up(self) -> None:
         """Start workers until the wanted number waits."""
+        self._children = {pid: child for pid, child in self._children.items() if child.poll() is None}
         self._standby = deque(waiting for waiting in self._standby if waiting.child.poll() is None)
         while len(self._standby) < self._command.num_standby:
             self._num_standby_started += 1
@@ -149,16 +150,13 @@ class LocalLauncher:
             self._standby.append(_Standby(child=child, log=log))
 
     def close(self) -> None:
-        """End the workers that wait; the end of their input tells them to exit."""
+        """End the workers that wait; the end of their input tells them to exit. Blocks until they have."""
         for waiting in self._standby:
             _close_input(waiting.child)
-        for waiting in self._standby:
-            try:
-                waiting.child.wait(timeout=_EXIT_SECONDS)
-            except subprocess.TimeoutExpired:
-                waiting.child.kill()
-                waiting.child.wait()
+        for child in [waiting.child for waiting in self._standby] + list(self._children.values()):
+            _reap(child)
         self._standby.clear()
+        self._children.clear()
 
     def _take_standby(self, job_id: str, token: str, log: Path) -> subprocess.Popen[bytes] | None:
         while self._standby:
@@ -196,6 +194,14 @@ def _close_input(child: subprocess.Popen[bytes]) -> None:
     if child.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
+
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(timeout=_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _start_ticks(pid: int) -> str | None:
