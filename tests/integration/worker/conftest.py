@@ -118,6 +118,7 @@ class LoopThread:
     """An event loop in a thread: servers run there while the test's own thread trains."""
 
     def __init__(self) -> None:
+        self._left_serving: list[Server] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -136,8 +137,16 @@ class LoopThread:
         finally:
             self.run(server.__aexit__(None, None, None))
 
+    async def serve(self, service: ServedService, port: int) -> Server:
+        """Serve one service until the loop is closed; to be called in the loop."""
+        server = Server([service], ServerSettings(port=port))
+        self._left_serving.append(await server.__aenter__())
+        return server
+
     def close(self) -> None:
-        """Stop the loop."""
+        """Stop what still serves, and the loop."""
+        for server in self._left_serving:
+            self.run(server.__aexit__(None, None, None))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
