@@ -22,7 +22,7 @@ METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in 
 SERVICERS = {
     "EncoderService": "reverie_encoder.servicer:EncoderServicer",
     "VaeService": "reverie_vae.servicer:VaeServicer",
-    "SamplingService": "reverie_sampler.servicer:SamplingServicer",
+    "SamplingService": "reverie_sampler.servicer:SamplerServicer",
     "TrainingService": "reverie_trainer.jobs.training_servicer:TrainingServicer",
     "DatasetService": "reverie_trainer.jobs.dataset_servicer:DatasetServicer",
     "WorkerService": "reverie_trainer.jobs.worker_servicer:WorkerServicer",

@@ -152,7 +152,8 @@ def test_grpcurl_submits_a_job_by_reflection(stack: Stack, reverie: SyncReverie,
     address = stack.addresses["trainer"]
     command = [grpcurl, "-plaintext", "-d", body, address, "reverie.training.v1.TrainingService/CreateTrainingJob"]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
-    job = reverie.jobs.result(answer["job"]["jobId"])
+    # Python's reflection leaves json_name out, so grpcurl prints the field as the proto spells it.
+    job = reverie.jobs.result(answer["job"]["job_id"])
     assert job.spec.name == "by-grpcurl"
     assert job.step == 4
 
