@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from reverie_common.ports import free_ports
 from reverie_common.storage import MemoryStore, S3Store
-from reverie_common.storage.seaweed import Seaweed, free_ports
+from reverie_common.storage.seaweed import Seaweed
 
 HIDREAM_SOURCES = Path(__file__).parents[1] / "shared" / "reverie_hidream"
 

@@ -19,7 +19,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from reverie_common.errors import FailedPreconditionError, ReverieError
+from reverie_common.errors import ReverieError
+from reverie_common.ports import port_in_use, require_free_port
 from reverie_common.process import log_fatal
 from reverie_common.rpc.channel import KEEPALIVE_SECONDS, MAX_MESSAGE_BYTES
 from reverie_common.rpc.interceptors import (
@@ -87,6 +88,7 @@ class Server:
         self._ready = ReadyInterceptor()
         self._server: grpc.aio.Server | None = None
         self._metrics: MetricsServer | None = None
+        self._drained = False
 
     @property
     def target(self) -> str:
@@ -142,15 +144,12 @@ class Server:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         host, port = self._settings.host, self._settings.port
+        # gRPC itself would write a second, cryptic line to stderr.
+        require_free_port(host, port, "--port")
         try:
             return server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise FailedPreconditionError(
-                f"cannot listen on {host}:{port}: the port is in use or the address is not of this machine; stop what "
-                "listens there, or choose another --port (0 takes any free one)",
-                reason="PORT_IN_USE",
-                metadata={"host": host, "port": str(port)},
-            ) from error
+            raise port_in_use(host, port, "--port", str(error)) from error
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", *(service.name for service in self._services)):
@@ -178,8 +177,11 @@ class Server:
         """Stop without dropping work, in the one order that does.
 
         Health says NOT_SERVING while calls still succeed, so that balancers turn away; after drain_seconds new calls
-        are refused; calls in flight have grace_seconds to end; then the stop step runs.
+        are refused; calls in flight have grace_seconds to end; then the stop step runs. A second time, nothing happens.
         """
+        if self._drained:
+            return
+        self._drained = True
         await self._health.enter_graceful_shutdown()
         if self._settings.ready_file is not None:
             self._settings.ready_file.unlink(missing_ok=True)

