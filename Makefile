@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install protos check lint types test bench demo clean
+.PHONY: help install protos released check test bench demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,12 +20,16 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt
 protos: $(INSTALLED) ## Generate protos/gen from protos/reverie.
 	$(BIN)/python protos/generate.py
 
+released: $(INSTALLED) ## Make today's protos the ones that later changes must not break.
+	$(BIN)/buf build -o protos/released.binpb
+
 check: $(INSTALLED) ## Lint, types, import rules, protos.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python protos/generate.py --check
 
 test: check ## Every check and every test.
