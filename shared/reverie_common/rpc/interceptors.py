@@ -213,15 +213,13 @@ class ErrorInterceptor(AroundInterceptor):
             yield
         except grpc.aio.AbortError:
             raise
-        except ReverieError as error:
-            await self._abort(context, error)
-        except grpc.aio.AioRpcError as error:
-            # A call that was made on behalf of this one and not translated: its cause is still the caller's to know.
-            await self._abort(context, error_from_rpc(error))
-        except Exception:
+        except Exception as error:
             # The boundary: whatever a servicer did not foresee is a bug, and the process goes on serving others.
-            logger.exception("%s failed unexpectedly", call.method, extra={"method": f"{call.service}/{call.method}"})
-            await self._abort(context, _bug())
+            known = known_error(error)
+            if known is None:
+                method = f"{call.service}/{call.method}"
+                logger.exception("%s failed unexpectedly", call.method, extra={"method": method})
+            await self._abort(context, known or _bug())
 
     async def _abort(self, context: Context, error: ReverieError) -> None:
         await context.abort_with_status(rpc_status.to_status(status_from_error(error)))
@@ -245,6 +243,20 @@ class ReadyInterceptor(AroundInterceptor):
                 retry_after_seconds=2.0,
             )
         yield
+
+
+def known_error(error: BaseException) -> ReverieError | None:
+    """The error that a servicer meant its caller to see; None for a bug."""
+    if isinstance(error, ReverieError):
+        return error
+    if isinstance(error, grpc.aio.AioRpcError):
+        # A call that was made on behalf of this one and not translated: its cause is still the caller's to know.
+        return error_from_rpc(error)
+    if isinstance(error, BaseExceptionGroup):
+        # A TaskGroup wraps what its tasks raised. One bug among them is a bug.
+        causes = [known_error(cause) for cause in error.exceptions]
+        return causes[0] if all(causes) else None
+    return None
 
 
 def code_name(context: Context, *, failed: bool) -> str:

@@ -187,13 +187,16 @@ class Server:
             self._settings.ready_file.unlink(missing_ok=True)
         if self._begin_drain is not None:
             await self._begin_drain()
-        await asyncio.sleep(self._settings.drain_seconds)
-        if self._server is not None:
-            await self._server.stop(self._settings.grace_seconds)
-        if self._stop is not None:
-            await self._stop()
-        if self._metrics is not None:
-            await asyncio.to_thread(self._metrics.close)
+        if self._ready.is_ready:
+            await asyncio.sleep(self._settings.drain_seconds)
+        try:
+            if self._server is not None:
+                await self._server.stop(self._settings.grace_seconds)
+            if self._stop is not None:
+                await self._stop()
+        finally:
+            if self._metrics is not None:
+                await asyncio.to_thread(self._metrics.close)
 
 
 async def run_server(

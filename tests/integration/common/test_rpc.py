@@ -200,6 +200,33 @@ async def test_an_untranslated_error_of_another_service_keeps_its_meaning(
     assert caught.value.reason == "PAINTER_RESOURCE_EXHAUSTED"
 
 
+async def fail_in_tasks(painter: ModuleType, *failures: Exception) -> ReverieError:
+    """What a caller gets when the tasks of a servicer's TaskGroup fail."""
+
+    async def fail(failure: Exception) -> None:
+        raise failure
+
+    class Parallel(painter.Painter):  # type: ignore[misc,name-defined]  # the module is loaded at run time
+        async def unary(self, request: bytes, context: Any) -> bytes:
+            async with asyncio.TaskGroup() as group:
+                for failure in failures:
+                    group.create_task(fail(failure))
+            return request
+
+    async with Server([painter.served(Parallel())], ServerSettings()) as server, connect(server.target) as channel:
+        with pytest.raises(ReverieError) as caught, translated():
+            await call(channel, "Unary", b"a")
+    return caught.value
+
+
+async def test_an_error_of_a_task_is_the_error_of_its_call(painter: ModuleType) -> None:
+    assert isinstance(await fail_in_tasks(painter, errors.NotFoundError("gone")), errors.NotFoundError)
+
+
+async def test_a_bug_among_the_errors_of_tasks_is_a_bug(painter: ModuleType) -> None:
+    assert isinstance(await fail_in_tasks(painter, errors.NotFoundError("gone"), KeyError()), errors.InternalError)
+
+
 async def test_a_server_that_is_gone_is_an_unavailable_error(free_port: Callable[[], int]) -> None:
     async with connect(f"127.0.0.1:{free_port()}", retries=False) as channel:
         with pytest.raises(UnavailableError), translated():
