@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 
 import torch
@@ -126,9 +125,12 @@ def _branch(name: str, tensors: Mapping[str, torch.Tensor], multiplier: float) -
         halves = {f"{part}_a", f"{part}_b"} & factors.keys()
         if (part in factors) == bool(halves) or len(halves) == 1:
             raise AdapterFileError(f"{name} needs either {part} or {part}_a and {part}_b; it has {sorted(factors)}")
+    if any(tensor.ndim != 2 for tensor in factors.values()):
+        shapes = {key: tuple(tensor.shape) for key, tensor in factors.items()}
+        raise AdapterFileError(f"{name}: the factors must be matrices; got {shapes}")
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        raise AdapterFileError(f"{name}: alpha must be one number; got shape {tuple(tensors['alpha'].shape)}")
     alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
-    if not math.isfinite(alpha):
-        raise AdapterFileError(f"{name} has alpha {alpha}, which is not a finite number")
     return LokrBranch(name, factors, alpha=alpha, multiplier=multiplier)
 
 

@@ -119,7 +119,8 @@ def _nothing_matched(transformer: nn.Module, config: LokrConfig) -> str:
     preset = config.apply_preset
     classes = sorted({type(module).__name__ for module in transformer.modules() if _has_linear(module)})
     aliases = ", ".join(f"{alias} for {name}" for alias, name in CLASS_ALIASES.items() if name in classes)
-    example = next((name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)), "")
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    example = max(linears, key=lambda name: name.count("."), default="")
     kind = "fnmatch patterns" if preset.use_fnmatch else "regular expressions"
     return (
         f"the adapter matches no Linear: target_module {list(preset.class_selection())}, "

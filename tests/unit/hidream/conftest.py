@@ -9,6 +9,7 @@ from diffusers import HiDreamImageTransformer2DModel
 from reverie_hidream.conditioning import TextConditioning
 from reverie_hidream.tiny_weights import draw_weights
 from reverie_hidream.transformer import prepare_transformer
+from torch import nn
 
 SMALL_CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -38,7 +39,8 @@ def make_transformer() -> MakeTransformer:
     def make(dtype: torch.dtype = torch.float64, precision: str = "no_change") -> HiDreamImageTransformer2DModel:
         transformer = HiDreamImageTransformer2DModel(**SMALL_CONFIG)
         draw_weights(transformer, seed=0, component="transformer")
-        transformer.to(dtype)
+        # The class's own `to` warns of modules that must stay float32, of which it has none.
+        nn.Module.to(transformer, dtype)
         prepare_transformer(transformer, precision=precision)
         return transformer
 
