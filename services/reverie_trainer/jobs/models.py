@@ -41,7 +41,7 @@ class JobRow(Base):
     """Newest report of the lease that was recorded."""
     token_digest: Mapped[str | None] = mapped_column(String(64))
     """sha256 of the secret of the worker that was started last."""
-    worker_process: Mapped[dict[str, str] | None] = mapped_column(JSON)
+    worker_process: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
     """How the launcher finds that worker again after a restart of the trainer."""
     launch_time: Mapped[float | None] = mapped_column(Float)
     """Unix time at which that worker was started."""

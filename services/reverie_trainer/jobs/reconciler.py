@@ -32,6 +32,7 @@ from reverie_trainer.jobs.repository import (
     finish_cancellation,
     finish_preparation,
     get_job,
+    lingering_workers,
 )
 from reverie_trainer.jobs.spec import spec_from_proto
 
@@ -68,6 +69,7 @@ class Reconciler:
         self._preparations: dict[str, asyncio.Task[None]] = {}
         self._heard: dict[str, float] = {}
         self._restart_at: dict[str, float] = {}
+        self._lingering: dict[str, float] = {}
         self._loop: asyncio.Task[None] | None = None
 
     def start(self, launcher: Launcher) -> None:
@@ -118,8 +120,20 @@ class Reconciler:
                 self._ensure_preparation(job.job_id)
             elif job.state == TRAINING:
                 await self._drive_training(job)
+        await self._clear_up_after_jobs()
         if len(at_work) < self._limits.max_concurrent_jobs:
             await asyncio.to_thread(self._launcher.warm_up)
+
+    async def _clear_up_after_jobs(self) -> None:
+        """Forget the workers of jobs at rest once they have exited; one that does not exit holds memory and is killed."""
+        for job_id, process in (await self._database.run(lingering_workers)).items():
+            since = self._lingering.setdefault(job_id, time.monotonic())
+            if not await asyncio.to_thread(self._launcher.is_alive, process):
+                del self._lingering[job_id]
+                await self._database.run(lambda session, job_id=job_id: note_exit(session, job_id))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+            elif time.monotonic() - since > self._limits.stop_seconds:
+                logger.warning("worker did not exit after its job and is killed", extra={"job_id": job_id})
+                await asyncio.to_thread(self._launcher.kill, process)
 
     def _ensure_preparation(self, job_id: str) -> None:
         if job_id in self._preparations:

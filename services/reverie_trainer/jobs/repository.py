@@ -112,6 +112,12 @@ def active_jobs(session: Session) -> list[ActiveJob]:
     ]
 
 
+def lingering_workers(session: Session) -> dict[str, Mapping[str, str]]:
+    """Return the workers, by job, of jobs that came to rest while their worker's process may still run."""
+    rows = session.scalars(select(JobRow).where(JobRow.worker_process.is_not(None), JobRow.state.not_in(ACTIVE_STATES)))
+    return {row.job_id: row.worker_process for row in rows if row.worker_process is not None}
+
+
 def transition(session: Session, row: JobRow, to_state: int, message: str = "") -> None:
     """Move a job to a state, with the times and the event that belong to it; a job at rest loses its lease."""
     from_state = row.state

@@ -117,6 +117,8 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
         self.plans: list[vae_pb2.ImagePlan] = []
         self.known: set[bytes] = set()
         self.num_inspected = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def DescribeVae(self, request: Any, context: Any) -> vae_pb2.DescribeVaeResponse:
         """See the contract."""
@@ -126,6 +128,7 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
         self, request: vae_pb2.InspectImagesRequest, context: Any
     ) -> AsyncIterator[vae_pb2.InspectImagesResponse]:
         """See the contract."""
+        await self.may_answer.wait()
         for index, image in enumerate(request.images):
             self.num_inspected += 1
             size = await asyncio.to_thread(self._size, image)
@@ -149,6 +152,10 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
                 image_index=index, moments=vae_pb2.LatentMoments(tensor=tensor), cached=key in self.known
             )
             self.known.add(key)
+
+    async def DecodeLatents(self, request: Any, context: Any) -> vae_pb2.DecodeLatentsResponse:
+        """Nobody here asks for pictures."""
+        raise AssertionError("preparation decodes nothing")
 
     def _size(self, image: common_pb2.ObjectRef) -> tuple[int, int] | None:
         text = self.store.get(self.store.key_of(image.uri)).decode().partition(" ")[0]
@@ -233,7 +240,8 @@ class RunningTrainer:
             job = await self.get(job_id)
             return job if is_reached(job) else None
 
-        return await eventually(get)
+        job: job_pb2.TrainingJob = await eventually(get)
+        return job
 
 
 async def eventually(get: Callable[[], Awaitable[Any]], timeout_seconds: float = 20.0) -> Any:
@@ -354,6 +362,19 @@ async def start_trainer(
 
 
 @pytest.fixture
+async def connect_trainer(module_s3_store: S3Store) -> AsyncIterator[Callable[[str], Awaitable[RunningTrainer]]]:
+    """Connects to trainers that run elsewhere."""
+    async with AsyncExitStack() as stack:
+
+        async def connect_to(target: str) -> RunningTrainer:
+            trainer = RunningTrainer(target=target, store=module_s3_store)
+            await stack.enter_async_context(trainer.stack)
+            return trainer
+
+        yield connect_to
+
+
+@pytest.fixture
 async def trainer(start_trainer: StartTrainer) -> RunningTrainer:
     """A trainer in this process."""
     return await start_trainer()
@@ -399,6 +420,14 @@ class WorkerPids:
         pid: int = await eventually(get)
         return pid
 
+    async def gone(self, job_id: str) -> None:
+        """Wait until a job has no worker any more."""
+
+        async def get() -> bool | None:
+            return None if self(job_id) else True
+
+        await eventually(get)
+
     def _writing_to(self, prefix: str) -> list[int]:
         found = []
         for process in psutil.process_iter(["pid"]):
@@ -413,3 +442,20 @@ class WorkerPids:
 def worker_pids(tmp_path: Path) -> WorkerPids:
     """Finds the processes that stand in for workers of this test's trainer."""
     return WorkerPids(tmp_path / "state" / "workers")
+
+
+@pytest.fixture
+def worker_token(tmp_path: Path) -> Callable[[str], Awaitable[str]]:
+    """Reads the secret that the idle stand-in for the worker wrote to its log."""
+
+    async def read(job_id: str) -> str:
+        log = tmp_path / "state" / "workers" / f"{job_id}.1.log"
+
+        async def get() -> str | None:
+            text = log.read_text() if log.is_file() else ""
+            return text.split()[1] if text.endswith("\n") else None
+
+        token: str = await eventually(get)
+        return token
+
+    return read

@@ -202,12 +202,14 @@ async def test_unknown_job_is_not_found(trainer: Any) -> None:
 
 async def cancel(trainer: Any, job_id: str, request_id: str = "") -> job_pb2.TrainingJob:
     request = training_pb2.CancelTrainingJobRequest(job_id=job_id, request_id=request_id)
-    return (await trainer.training.CancelTrainingJob(request)).job
+    job: job_pb2.TrainingJob = (await trainer.training.CancelTrainingJob(request)).job
+    return job
 
 
 async def resume(trainer: Any, job_id: str, request_id: str = "") -> job_pb2.TrainingJob:
     request = training_pb2.ResumeTrainingJobRequest(job_id=job_id, request_id=request_id)
-    return (await trainer.training.ResumeTrainingJob(request)).job
+    job: job_pb2.TrainingJob = (await trainer.training.ResumeTrainingJob(request)).job
+    return job
 
 
 async def test_waiting_job_is_cancelled_at_once(trainer: Any, make_spec: Any) -> None:

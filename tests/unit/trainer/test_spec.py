@@ -1,11 +1,18 @@
 """The domain form of a job: defaults as the contract states them, and nothing lost on the way."""
 
+from collections.abc import Mapping
+
 import pytest
 from google.protobuf.json_format import ParseDict
 from reverie.training.v1 import job_pb2
 from reverie_trainer.jobs.spec import LokrOverrides, spec_from_proto, spec_to_proto
 
-MINIMAL = {"name": "cats", "datasets": [{"dataset": "cats"}], "adapter": {"lokr": {}}, "optimization": {"max_steps": 5}}
+MINIMAL: Mapping[str, object] = {
+    "name": "cats",
+    "datasets": [{"dataset": "cats"}],
+    "adapter": {"lokr": {}},
+    "optimization": {"max_steps": 5},
+}
 
 FULL = {
     "name": "cats",
@@ -54,8 +61,8 @@ FULL = {
 }
 
 
-def parse(record: dict[str, object]) -> job_pb2.TrainingJobSpec:
-    return ParseDict(record, job_pb2.TrainingJobSpec())
+def parse(record: Mapping[str, object]) -> job_pb2.TrainingJobSpec:
+    return ParseDict(dict(record), job_pb2.TrainingJobSpec())
 
 
 def test_defaults_are_those_of_the_contract() -> None:

@@ -1,0 +1,75 @@
+"""CheckTrainingJob: the plan and the estimate, or every violation, and nothing changed."""
+
+from typing import Any
+
+from reverie.training.v1 import job_pb2, training_pb2
+
+CATS = [("512x512 a", ["a cat"]), ("640x448 b", ["a red cat"]), ("640x448 c", ["a cat"])]
+
+
+async def check(trainer: Any, spec: job_pb2.TrainingJobSpec) -> training_pb2.CheckTrainingJobResponse:
+    request = training_pb2.CheckTrainingJobRequest(spec=spec)
+    response: training_pb2.CheckTrainingJobResponse = await trainer.training.CheckTrainingJob(request)
+    return response
+
+
+async def test_plan_and_estimate_of_a_right_job(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("plan", CATS)
+    spec = make_spec("plan", optimization=job_pb2.OptimizationSpec(max_steps=30))
+    spec.datasets[0].repeats = 1
+    checked = await check(trainer, spec)
+    assert not checked.violations
+    assert checked.spec.optimization.learning_rate == 1e-4
+    assert checked.estimate.steps_per_epoch == 6
+    # Three prompts (the empty one too) in four encoders of 4 x 8 bf16, and float32 moments of three images.
+    text = 3 * 4 * (4 * 8 * 2)
+    latents = (256 * 256 + 2 * 320 * 192) // 64 * 2 * 16 * 4
+    assert checked.estimate.storage_bytes == text + latents
+    assert 1e6 < checked.estimate.worker_memory_bytes < 1e9
+    assert not checked.estimate.HasField("training_time")
+    plan = "\n".join(checked.plan)
+    assert "bucket 320x192 of plan: 2 images" in plan
+    assert "LoKr on 24 modules" in plan
+    assert "6 steps in an epoch, 5.0 epochs" in plan
+
+
+async def test_nothing_is_changed_by_a_check(trainer: Any, make_spec: Any, fake_encoder: Any) -> None:
+    await trainer.add_dataset("unchanged", CATS)
+    await check(trainer, make_spec("unchanged"))
+    assert fake_encoder.encoded == []
+    assert not (await trainer.training.ListTrainingJobs(training_pb2.ListTrainingJobsRequest())).jobs
+
+
+async def test_violations_come_without_an_estimate(trainer: Any, make_spec: Any) -> None:
+    checked = await check(trainer, make_spec("nowhere", name="Bad"))
+    assert [violation.field for violation in checked.violations] == ["name", "datasets[0].dataset"]
+    assert not checked.HasField("estimate")
+    assert not checked.plan
+
+
+async def test_time_is_that_of_the_newest_comparable_job(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("time", CATS)
+    await trainer.finish((await trainer.submit(make_spec("time", "steps=3"))).job_id)
+    spec = make_spec("time", optimization=job_pb2.OptimizationSpec(max_steps=100))
+    assert (await check(trainer, spec)).estimate.training_time.seconds == 50
+    spec.optimization.batch_size = 2
+    spec.datasets[0].repeats = 9
+    assert not (await check(trainer, spec)).estimate.HasField("training_time")
+
+
+async def test_check_answers_while_the_services_are_away(start_trainer: Any, make_spec: Any, free_port: Any) -> None:
+    trainer = await start_trainer(encoders=(f"127.0.0.1:{free_port()}",), vae=f"127.0.0.1:{free_port()}")
+    await trainer.add_dataset("alone", CATS)
+    checked = await check(trainer, make_spec("alone"))
+    assert not checked.violations
+    assert checked.estimate.steps_per_epoch == 3
+    assert any("when the images have been opened" in line for line in checked.plan)
+    assert any("no encoder service answers" in line for line in checked.plan)
+
+
+async def test_plan_warns_of_broken_images_and_of_buckets_that_fill_no_step(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("warnings", [*CATS, ("broken", ["a cat"])])
+    checked = await check(trainer, make_spec("warnings", optimization=job_pb2.OptimizationSpec(batch_size=2)))
+    plan = "\n".join(checked.plan)
+    assert "003.png cannot be used: the file ends early" in plan
+    assert "Minimum repeats required: 1" in plan
