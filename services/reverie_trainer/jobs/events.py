@@ -1,7 +1,7 @@
 """A job's history: events numbered without gaps, and following them live."""
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from reverie.training.v1 import job_pb2
@@ -14,7 +14,7 @@ from reverie_trainer.jobs.database import Database, mark_changed
 from reverie_trainer.jobs.models import EventRow, JobRow
 from reverie_trainer.jobs.records import find_job, is_at_rest, job_message
 
-Severity = job_pb2.NoticeSeverity.ValueType
+Severity: TypeAlias = job_pb2.NoticeSeverity.ValueType
 
 _PAGE = 500
 

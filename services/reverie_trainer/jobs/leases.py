@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reverie.common.v1 import common_pb2
@@ -71,9 +71,11 @@ def note_process(session: Session, job_id: str, process: dict[str, str]) -> None
     get_job(session, job_id).worker_process = process
 
 
-def note_exit(session: Session, job_id: str) -> None:
-    """Note that the worker that was started last is gone."""
+def note_exit(session: Session, job_id: str, process: Mapping[str, str]) -> None:
+    """Note that a worker is gone; does nothing when another one was started since."""
     row = get_job(session, job_id)
+    if row.worker_process != process:
+        return
     row.worker_process = None
     row.lease_id = None
     row.token_digest = None

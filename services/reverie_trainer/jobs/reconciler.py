@@ -8,6 +8,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reverie.training.v1 import job_pb2
@@ -125,15 +126,18 @@ class Reconciler:
             await asyncio.to_thread(self._launcher.warm_up)
 
     async def _clear_up_after_jobs(self) -> None:
-        """Forget the workers of jobs at rest once they have exited; one that does not exit holds memory and is killed."""
+        """Forget the workers of jobs at rest once they have exited; one that stays holds memory and is killed."""
         for job_id, process in (await self._database.run(lingering_workers)).items():
             since = self._lingering.setdefault(job_id, time.monotonic())
             if not await asyncio.to_thread(self._launcher.is_alive, process):
                 del self._lingering[job_id]
-                await self._database.run(lambda session, job_id=job_id: note_exit(session, job_id))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+                await self._forget_worker(job_id, process)
             elif time.monotonic() - since > self._limits.stop_seconds:
                 logger.warning("worker did not exit after its job and is killed", extra={"job_id": job_id})
                 await asyncio.to_thread(self._launcher.kill, process)
+
+    async def _forget_worker(self, job_id: str, process: Mapping[str, str]) -> None:
+        await self._database.run(lambda session: note_exit(session, job_id, process))
 
     def _ensure_preparation(self, job_id: str) -> None:
         if job_id in self._preparations:
@@ -221,19 +225,20 @@ class Reconciler:
 
     async def _worker_gone(self, job: ActiveJob, why: str) -> None:
         """Clear up after a worker: the job is cancelled, given up, or gets another worker."""
-        lines = await asyncio.to_thread(self._launcher.last_lines, job.worker_process or {})
+        process = job.worker_process or {}
+        lines = await asyncio.to_thread(self._launcher.last_lines, process)
         self._heard.pop(job.job_id, None)
         if job.cancel_time is not None:
             await self._database.run(lambda session: finish_cancellation(session, job.job_id, f"cancelled; {why}"))
             return
-        row = await self._database.run(lambda session: _note_worker_gone(session, job.job_id, why))
-        if row is None:
+        num_starts = await self._database.run(lambda session: _note_worker_gone(session, job.job_id, process, why))
+        if num_starts is None:
             return
         logger.warning("worker lost: %s", why, extra={"job_id": job.job_id})
-        if row >= self._limits.max_starts_without_progress:
-            await self._fail(job.job_id, _crashed(row, why, lines))
+        if num_starts >= self._limits.max_starts_without_progress:
+            await self._fail(job.job_id, _crashed(num_starts, why, lines))
             return
-        self._restart_at[job.job_id] = time.monotonic() + _pause_seconds(row)
+        self._restart_at[job.job_id] = time.monotonic() + _pause_seconds(num_starts)
 
     async def _fail(self, job_id: str, failure: JobFailedError) -> None:
         logger.warning("job failed: %s", failure.message, extra={"job_id": job_id, "reason": failure.reason})
@@ -265,11 +270,11 @@ def _note(session: Session, job_id: str, reason: str, message: str) -> None:
     append_notice(session, get_job(session, job_id), WARNING, reason, message)
 
 
-def _note_worker_gone(session: Session, job_id: str, why: str) -> int | None:
+def _note_worker_gone(session: Session, job_id: str, process: Mapping[str, str], why: str) -> int | None:
     """Note a worker that is gone; return its job's starts without progress, None when that does not matter any more."""
     row = get_job(session, job_id)
     had_orderly_end = row.token_digest is None
-    note_exit(session, job_id)
+    note_exit(session, job_id, process)
     if row.state != TRAINING or had_orderly_end:
         return None
     append_notice(session, row, WARNING, "WORKER_LOST", f"the worker was lost ({why}); another one goes on")

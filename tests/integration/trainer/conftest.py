@@ -200,7 +200,10 @@ class RunningTrainer:
 
     def put_image(self, body: str) -> common_pb2.ObjectRef:
         """Store a stand-in for an image and refer to it."""
-        data = body.encode()
+        return self.put_bytes(body.encode())
+
+    def put_bytes(self, data: bytes) -> common_pb2.ObjectRef:
+        """Store an image file and refer to it."""
         digest = hashlib.sha256(data).hexdigest()
         self.store.create(image_key(digest), data)
         return common_pb2.ObjectRef(uri=self.store.uri(image_key(digest)), size_bytes=len(data), sha256=digest)
