@@ -17,16 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobState
-from reverie_client import Reverie, read_folders
-from reverie_client.cli.console import EXIT_INTERRUPTED, OutputFormat, exit_code_of, print_error, print_table
-from reverie_client.cli.job_text import hit_rate
-from reverie_client.cli.progress import JobView, TransferBar, readable_bytes
-from reverie_client.results import ADAPTER_PATH, Results, write_results
-from reverie_client.specs import load_job_spec
-from reverie_client.stack import Stack, StackOptions
-from reverie_common.errors import AlreadyExistsError, ReverieError
-from rich.console import Console
+try:
+    from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobState
+    from reverie_client import Reverie, read_folders
+    from reverie_client.cli.console import EXIT_INTERRUPTED, OutputFormat, exit_code_of, print_error, print_table
+    from reverie_client.cli.job_text import hit_rate
+    from reverie_client.cli.progress import JobView, TransferBar, readable_bytes
+    from reverie_client.results import ADAPTER_PATH, Results, write_results
+    from reverie_client.specs import load_job_spec
+    from reverie_client.stack import Stack, StackOptions
+    from reverie_common.errors import AlreadyExistsError, ReverieError
+    from rich.console import Console
+except KeyboardInterrupt:
+    sys.stderr.write("interrupted: nothing was started\n")
+    sys.exit(130)
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
@@ -101,8 +105,8 @@ def run_demo(output: Path, job_file: Path, num_runs: int, console: Console) -> N
         # Whoever presses Ctrl-C twice means it; but nothing may be left behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with console.status("stopping the stack"):
-            stack.stop()
+        console.print("stopping the stack")
+        stack.stop()
 
 
 async def run_job(address: str, spec: Any, output: Path, clock: Clock, console: Console) -> Results:
