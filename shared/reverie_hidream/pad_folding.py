@@ -2,7 +2,8 @@
 
 Every implementation pads a non-square latent with zeros to the model's 4096 tokens and multiplies the keys of the
 padding by 0. So all pad tokens of a sample are the same in every layer: same zero input, same position (0, 0, 0), same
-attention. N of them weigh in a softmax as one of them does with log N added to its logit. We carry that one.
+attention. N of them weigh in a softmax as one of them does with log N added to its logit. We carry that one, or a few
+that share the weight where a device's attention wants a bias in 16 bits and an aligned number of tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from diffusers.models.transformers.transformer_hidream_image import HiDreamImage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLayout:
-    """The image tokens of each sample: rows * columns real ones, then one for the padding if there is any."""
+    """The image tokens of each sample: rows * columns real ones, then those that stand for the padding."""
 
     num_rows: int
     """Patches from top to bottom."""
     num_columns: int
     """Patches from left to right."""
     num_padding: int
-    """Pad tokens that the one stands for; 0 for square images."""
+    """Pad tokens of diffusers' sequence; 0 for square images."""
+    num_pad_tokens: int
+    """Tokens that stand for them: 0 without padding, else 1, or up to the alignment."""
 
     @property
     def num_real(self) -> int:
@@ -34,11 +37,14 @@ class TokenLayout:
     @property
     def num_tokens(self) -> int:
         """Tokens that are computed."""
-        return self.num_real + (1 if self.num_padding else 0)
+        return self.num_real + self.num_pad_tokens
 
 
-def lay_out(height: int, width: int, *, patch_size: int, max_tokens: int) -> TokenLayout:
+def lay_out(height: int, width: int, *, patch_size: int, max_tokens: int, alignment: int = 1) -> TokenLayout:
     """Tokens of a latent of `height` x `width`.
+
+    Args:
+        alignment: the number of tokens of a padded image is a multiple of this.
 
     Raises:
         ValueError: a side is not a multiple of the patch, or a non-square latent has more tokens than the canvas.
@@ -47,27 +53,29 @@ def lay_out(height: int, width: int, *, patch_size: int, max_tokens: int) -> Tok
         raise ValueError(f"latent size {height}x{width} is not a positive multiple of {patch_size} in both directions")
     rows, columns = height // patch_size, width // patch_size
     if rows == columns:
-        return TokenLayout(num_rows=rows, num_columns=columns, num_padding=0)
+        return TokenLayout(num_rows=rows, num_columns=columns, num_padding=0, num_pad_tokens=0)
     if rows * columns > max_tokens:
         raise ValueError(
             f"a non-square latent of {height}x{width} has {rows * columns} patches, the canvas holds {max_tokens}; "
             "use a smaller or a square size"
         )
-    return TokenLayout(num_rows=rows, num_columns=columns, num_padding=max_tokens - rows * columns)
+    num_padding = max_tokens - rows * columns
+    num_pad_tokens = 1 + (-rows * columns - 1) % alignment if num_padding else 0
+    return TokenLayout(num_rows=rows, num_columns=columns, num_padding=num_padding, num_pad_tokens=num_pad_tokens)
 
 
 def patchify(latents: torch.Tensor, layout: TokenLayout, patch_size: int) -> torch.Tensor:
-    """(B, C, h, w) to (B, tokens, patch * patch * C), channels fastest; the pad token is zeros (spec 1.6)."""
+    """(B, C, h, w) to (B, tokens, patch * patch * C), channels fastest; pad tokens are zeros (spec 1.6)."""
     batch, channels = latents.shape[:2]
     patches = latents.reshape(batch, channels, layout.num_rows, patch_size, layout.num_columns, patch_size)
     tokens = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, layout.num_real, -1)
-    if layout.num_padding:
-        tokens = torch.cat([tokens, tokens.new_zeros(batch, 1, tokens.shape[-1])], dim=1)
+    if layout.num_pad_tokens:
+        tokens = torch.cat([tokens, tokens.new_zeros(batch, layout.num_pad_tokens, tokens.shape[-1])], dim=1)
     return tokens
 
 
 def unpatchify(tokens: torch.Tensor, layout: TokenLayout, patch_size: int) -> torch.Tensor:
-    """(B, tokens, patch * patch * C) back to (B, C, h, w), without the pad token."""
+    """(B, tokens, patch * patch * C) back to (B, C, h, w), without the pad tokens."""
     batch = tokens.shape[0]
     patches = tokens[:, : layout.num_real].reshape(
         batch, layout.num_rows, layout.num_columns, patch_size, patch_size, -1
@@ -83,9 +91,9 @@ class AttentionPlan:
     query_rotation: torch.Tensor
     """(S, 1, R) complex64: rotation of each pair of features."""
     key_rotation: torch.Tensor
-    """The same, and 0 at the pad token: rotating its key also multiplies it by 0."""
+    """The same, and 0 at pad tokens: rotating their keys also multiplies them by 0."""
     bias: torch.Tensor | None
-    """(1, 1, 1, S) float32 or float64: log N at the pad token, 0 elsewhere; None without padding."""
+    """(1, 1, 1, S): exp of it sums to N over the pad tokens, 0 elsewhere; None without padding."""
 
 
 def plan_attention(
@@ -94,10 +102,11 @@ def plan_attention(
     """Rotations and bias for `layout` followed by so many text tokens; plans of recent sizes are kept.
 
     Args:
-        like: a tensor on the device and in the dtype of the computation. In bfloat16 log N would be off by 1 %, so the
-            bias is never narrower than float32.
+        like: a tensor on the device and in the dtype of the computation. The CPU's attention takes a wider bias than
+            its inputs; the fused kernels of other devices want the dtype of their inputs.
     """
-    bias_dtype = torch.promote_types(like.dtype, torch.float32)
+    is_cpu = like.device.type == "cpu"
+    bias_dtype = torch.promote_types(like.dtype, torch.float32) if is_cpu else like.dtype
     return _plan_attention(
         tuple(embedder.axes_dim), float(embedder.theta), layout, num_text_tokens, like.device, bias_dtype
     )
@@ -118,10 +127,29 @@ def _plan_attention(
         if not layout.num_padding:
             return AttentionPlan(query_rotation=rotation, key_rotation=rotation, bias=None)
         key_rotation = rotation.clone()
-        key_rotation[layout.num_real] = 0
+        pads = slice(layout.num_real, layout.num_tokens)
+        key_rotation[pads] = 0
         bias = torch.zeros(1, 1, 1, rotation.shape[0], dtype=bias_dtype, device=device)
-        bias[..., layout.num_real] = math.log(layout.num_padding)
+        bias[..., pads] = pad_biases(layout.num_padding, layout.num_pad_tokens, bias_dtype).to(device)
         return AttentionPlan(query_rotation=rotation, key_rotation=key_rotation, bias=bias)
+
+
+def pad_biases(num_padding: int, num_pad_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits (num_pad_tokens,) in `dtype` whose exponentials sum to `num_padding`.
+
+    Rounded to bfloat16, log N alone is off by up to 3 % of N; each further token takes up most of what is left.
+    """
+    biases = torch.full((num_pad_tokens,), -math.inf, dtype=dtype)
+    left = float(num_padding)
+    for index in range(num_pad_tokens):
+        if left < 1e-9 * num_padding:
+            break
+        bias = torch.tensor(math.log(left), dtype=torch.float64).to(dtype)
+        if math.exp(bias) > left and index + 1 < num_pad_tokens:
+            bias = torch.nextafter(bias, torch.tensor(-math.inf, dtype=dtype))
+        biases[index] = bias
+        left -= math.exp(bias)
+    return biases
 
 
 def _rotations(

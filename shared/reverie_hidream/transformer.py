@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 VAE_SCALE = 8
 """Pixels for each side of a latent pixel (spec 1.3)."""
 
+# CUDA's fused attention copies a bias out to (B, heads, S, S) unless S is a multiple of 8; text tokens come in 128s.
+_FUSED_ATTENTION_ALIGNMENT = 8
+
 REAL_CONFIG: Mapping[str, Any] = {
     "patch_size": 2,
     "in_channels": 16,
@@ -166,7 +169,12 @@ def predict_velocity(
             f"{latents.shape[0]} latents need as many timesteps and prompts; "
             f"got {tuple(timesteps.shape)} timesteps and {conditioning.batch_size} prompts"
         )
-    layout = lay_out(*latents.shape[-2:], patch_size=transformer.config.patch_size, max_tokens=transformer.max_seq)
+    layout = lay_out(
+        *latents.shape[-2:],
+        patch_size=transformer.config.patch_size,
+        max_tokens=transformer.max_seq,
+        alignment=1 if device.type == "cpu" else _FUSED_ATTENTION_ALIGNMENT,
+    )
     tokens = patchify(latents.to(dtype), layout, transformer.config.patch_size)
     output = _predict_tokens(transformer, tokens, timesteps, conditioning.to(device, dtype), layout)
     velocity = -unpatchify(output, layout, transformer.config.patch_size)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from reverie_hidream.flow import noisy_latents, timesteps_of
-from reverie_hidream.transformer import load_transformer, predict_velocity
+from reverie_hidream.pad_folding import lay_out, patchify, unpatchify
+from reverie_hidream.transformer import _predict_tokens, load_transformer, predict_velocity
 
 Load = Callable[[torch.dtype], Any]
 MakeBatch = Callable[..., Any]
@@ -63,6 +64,27 @@ def test_narrower_dtypes_equal_diffusers_within_their_rounding(
     expected = diffusers_velocity(load_reference(dtype), batch.noise, timesteps, batch.text)
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < tolerance
+
+
+@torch.no_grad()
+def test_several_pad_tokens_that_share_the_weight_are_the_same_function(
+    tiny_checkpoint: Path, make_batch: MakeBatch, relative_error: Error
+) -> None:
+    """As on devices whose attention wants an aligned number of tokens; this machine's does not."""
+    batch = make_batch(12, 20)
+    transformer = load_transformer(tiny_checkpoint, dtype=torch.float64)
+    velocities = []
+    for alignment, num_pad_tokens in ((1, 1), (8, 4)):
+        layout = lay_out(12, 20, patch_size=2, max_tokens=transformer.max_seq, alignment=alignment)
+        assert layout.num_pad_tokens == num_pad_tokens
+        tokens = patchify(batch.noise, layout, 2)
+        output = _predict_tokens(transformer, tokens, timesteps_of(batch.sigmas), batch.text, layout)
+        velocities.append(-unpatchify(output, layout, 2))
+
+    assert torch.equal(
+        velocities[0], predict_velocity(transformer, batch.noise, timesteps_of(batch.sigmas), batch.text)
+    )
+    assert relative_error(velocities[1], velocities[0]) < 1e-12
 
 
 def test_the_padding_matters(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers.models.transformers.transformer_hidream_image import HiDreamImageEmbedND, apply_rope
-from reverie_hidream.pad_folding import TokenLayout, lay_out, patchify, plan_attention, rotate, unpatchify
+from reverie_hidream.pad_folding import TokenLayout, lay_out, pad_biases, patchify, plan_attention, rotate, unpatchify
 
 
 def test_a_square_latent_has_no_padding_at_any_size() -> None:
@@ -46,7 +46,7 @@ def test_channels_are_fastest_in_a_patch() -> None:
 
 def test_rotation_gives_the_bits_of_diffusers() -> None:
     embedder = HiDreamImageEmbedND(theta=10000, axes_dim=[8, 4, 4])
-    layout = TokenLayout(num_rows=3, num_columns=5, num_padding=0)
+    layout = TokenLayout(num_rows=3, num_columns=5, num_padding=0, num_pad_tokens=0)
     ids = torch.zeros(1, 15 + 4, 3)
     ids[0, :15, 1], ids[0, :15, 2] = torch.arange(15) // 5, torch.arange(15) % 5
     query, key = torch.randn(2, 19, 2, 16), torch.randn(2, 19, 2, 16)
@@ -69,7 +69,7 @@ def test_features_beyond_the_rotations_stay() -> None:
 
 def test_the_pad_token_weighs_as_all_that_it_stands_for() -> None:
     embedder = HiDreamImageEmbedND(theta=10000, axes_dim=[8, 4, 4])
-    layout = TokenLayout(num_rows=1, num_columns=2, num_padding=10)
+    layout = TokenLayout(num_rows=1, num_columns=2, num_padding=10, num_pad_tokens=1)
 
     plan = plan_attention(embedder, layout, 1, torch.zeros(1, dtype=torch.bfloat16))
 
@@ -78,3 +78,33 @@ def test_the_pad_token_weighs_as_all_that_it_stands_for() -> None:
     assert plan.bias.flatten().tolist() == pytest.approx([0.0, 0.0, math.log(10), 0.0])
     assert plan.key_rotation.abs().amin(dim=(1, 2)).tolist() == pytest.approx([1.0, 1.0, 0.0, 1.0])
     assert plan.query_rotation.abs().amin(dim=(1, 2)).tolist() == pytest.approx([1.0] * 4)
+
+
+@pytest.mark.parametrize(("width", "num_pad_tokens"), [(4, 2), (12, 6), (14, 3), (16, 8), (128, 8)])
+def test_pad_tokens_fill_up_to_the_alignment(width: int, num_pad_tokens: int) -> None:
+    layout = lay_out(6, width, patch_size=2, max_tokens=4096, alignment=8)
+
+    assert layout.num_pad_tokens == num_pad_tokens
+    assert layout.num_tokens % 8 == 0
+
+
+@pytest.mark.parametrize("num_padding", [1, 40, 2976, 4095])
+@pytest.mark.parametrize(
+    ("dtype", "num_pad_tokens", "tolerance"),
+    [
+        (torch.float64, 1, 1e-14),
+        (torch.float64, 8, 1e-9),
+        (torch.float32, 1, 1e-6),
+        (torch.bfloat16, 1, 4e-2),
+        (torch.bfloat16, 2, 4e-3),
+        (torch.bfloat16, 8, 1e-6),
+        (torch.float16, 8, 1e-6),
+    ],
+)
+def test_the_weights_of_the_pad_tokens_add_up(
+    num_padding: int, dtype: torch.dtype, num_pad_tokens: int, tolerance: float
+) -> None:
+    biases = pad_biases(num_padding, num_pad_tokens, dtype)
+
+    assert biases.dtype == dtype
+    assert biases.double().exp().sum().item() == pytest.approx(num_padding, rel=tolerance)
