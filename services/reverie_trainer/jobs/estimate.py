@@ -20,6 +20,10 @@ _DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1}
 _LATENT_BYTES_PER_PIXEL = 2 * 16 * 4 / 64
 
 _TEXT_TOKENS = 384
+
+# The accelerator's context and what is lost between tensors (spec 10.2).
+_RUNTIME_BYTES = 1_000_000_000
+
 _COMPARED_JOBS = 50
 
 
@@ -64,7 +68,7 @@ def worker_memory_bytes(spec: JobSpec, config: TransformerConfig, selection: Ada
     # With checkpointing one input a block and one block's activations; without, about 34 of them for every block.
     kept = num_blocks + 34 if spec.optimization.gradient_checkpointing else num_blocks * 34
     largest_linear = 12 * config.width * config.width * compute_bytes
-    return weights + adapter + kept * stream + 2 * largest_linear
+    return weights + adapter + kept * stream + 2 * largest_linear + _RUNTIME_BYTES
 
 
 def seconds_per_step(session: Session, spec: JobSpec) -> float | None:
