@@ -54,13 +54,6 @@ def test_unknown_option_is_a_usage_error() -> None:
     assert run("job", "list", "--colour").exit_code == 2
 
 
-def test_unreachable_trainer_says_what_to_do() -> None:
-    result = run("job", "list", "--address", NOWHERE)
-    assert result.exit_code == 3
-    assert "reverie up" in result.stderr
-    assert "Traceback" not in result.output
-
-
 def test_errors_are_json_on_request() -> None:
     result = run("job", "check", "/nonexistent/job.yaml", "-o", "json")
     assert result.exit_code == 4
