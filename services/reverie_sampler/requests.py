@@ -12,7 +12,7 @@ MAX_PROMPT_CHARACTERS = 8192
 MAX_SIDE_PIXELS = 4096
 MAX_STEPS = 200
 MAX_IMAGES = 16
-MAX_SEED = 2**63
+MAX_SEED = 2**64
 MAX_GUIDANCE = 100.0
 MAX_SHIFT = 100.0
 MAX_STRENGTH = 100.0
@@ -117,7 +117,7 @@ def _number_violations(order: SampleOrder) -> Iterator[FieldViolation]:
         if not low <= value <= high:
             yield FieldViolation(field=name, description=f"{value}, must be {low} to {high}")
     if order.seed + order.num_images > MAX_SEED:
-        yield FieldViolation(field="seed", description=f"{order.seed}, must be below 2**63 for every picture")
+        yield FieldViolation(field="seed", description=f"{order.seed}, must be below 2**64 for every picture")
     if not 0.0 <= order.guidance_scale <= MAX_GUIDANCE:
         yield FieldViolation(
             field="guidance_scale", description=f"{order.guidance_scale}, must be 0 to {MAX_GUIDANCE:g}; 5.0 is usual"

@@ -56,6 +56,11 @@ class QuickSampler(SamplingServiceServicer):
             )
             yield sampling_pb2.SampleResponse(image=image)
 
+    async def DescribeSampler(  # noqa: N802 - gRPC's name
+        self, request: sampling_pb2.DescribeSamplerRequest, context: Any
+    ) -> sampling_pb2.DescribeSamplerResponse:
+        return sampling_pb2.DescribeSamplerResponse(precision="no_change", device="cpu")
+
 
 @pytest.fixture
 def serve_sampler(loop_thread: Any) -> Callable[..., Any]:
