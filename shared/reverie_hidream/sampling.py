@@ -104,9 +104,8 @@ def draw(
     check_image_size(transformer, width=width, height=height)
     _check_inputs(positive, negative, noise, guidance_scale, width, height)
     device = transformer.x_embedder.proj.bias.device
-    guided = guidance_scale > 1.0
     # The unconditional half comes first, as in every HiDream pipeline.
-    conditioning = join(negative, positive) if guided and negative is not None else positive
+    conditioning = join(negative, positive) if guidance_scale > 1.0 and negative is not None else positive
     conditioning = conditioning.to(device, transformer.x_embedder.proj.bias.dtype)
     stepper = _start_schedule(scheduler, num_inference_steps, transformer.max_seq, shift, device)
     step_arguments = _step_arguments(stepper, seed)
@@ -116,15 +115,26 @@ def draw(
     for index, timestep in enumerate(stepper.timesteps):
         if should_stop is not None and should_stop():
             raise SamplingStoppedError(f"stopped after {index} of {num_steps} steps")
-        inputs = torch.cat([latents, latents]) if guided else latents
-        velocity = predict_velocity(transformer, inputs, timestep.expand(inputs.shape[0]), conditioning)
-        if guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + guidance_scale * (conditional - unconditional)
+        velocity = _guided_velocity(transformer, latents, timestep, conditioning, guidance_scale)
         latents = stepper.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
         if on_step is not None:
             on_step(index + 1, num_steps)
     return latents
+
+
+def _guided_velocity(
+    transformer: diffusers.HiDreamImageTransformer2DModel,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    conditioning: TextConditioning,
+    guidance_scale: float,
+) -> torch.Tensor:
+    if guidance_scale <= 1.0:
+        return predict_velocity(transformer, latents, timestep.expand(latents.shape[0]), conditioning)
+    inputs = torch.cat([latents, latents])
+    velocity = predict_velocity(transformer, inputs, timestep.expand(inputs.shape[0]), conditioning)
+    unconditional, conditional = velocity.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def _check_inputs(
