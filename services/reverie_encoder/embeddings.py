@@ -13,6 +13,7 @@ from reverie_common.concurrency import BatchLimits, MicroBatcher
 from reverie_common.storage import ObjectStore, RawTensor, put_tensor
 from reverie_common.storage.derived import DerivedTensors
 from reverie_common.storage.keys import content_digest, text_key
+
 from reverie_encoder.engine import EncoderEngine, EncoderFacts, PromptCut
 from reverie_encoder.metrics import EMBEDDINGS, STAGE_SECONDS, BatchMetrics
 

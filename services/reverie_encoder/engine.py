@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
 from reverie_hidream.tensor_io import dtype_name, to_raw

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
-
 from reverie_common.telemetry.metrics import LATENCY_BUCKETS_SECONDS, REGISTRY
 
 ENCODERS = ("clip_l", "clip_g", "t5", "llama")

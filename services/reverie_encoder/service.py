@@ -6,12 +6,13 @@ from pathlib import Path
 from reverie.encoder.v1.encoder_pb2_grpc import add_EncoderServiceServicer_to_server
 from reverie_common.rpc.server import ServedService
 from reverie_common.storage import ObjectStore
+from reverie_hidream.checkpoint import require_parts, resolve_checkpoint, resolve_llama
+
 from reverie_encoder.embeddings import Embeddings
 from reverie_encoder.engine import EncoderEngine, EncoderPlan, load_engine
 from reverie_encoder.metrics import MODEL_LOAD_SECONDS
 from reverie_encoder.servicer import EncoderServicer
 from reverie_encoder.settings import EncoderSettings
-from reverie_hidream.checkpoint import require_parts, resolve_checkpoint, resolve_llama
 
 # Sub-folders of a checkpoint that each encoder needs; Llama's are resolve_llama's business.
 _PARTS = {

@@ -8,6 +8,7 @@ from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceServicer
 from reverie_common.concurrency import as_ready
 from reverie_common.errors import FieldViolation, InvalidArgumentError, UnavailableError
+
 from reverie_encoder.embeddings import Embedded, Embeddings
 
 MAX_PROMPTS = 1024

@@ -5,7 +5,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
-
 from reverie_common.concurrency import BatchLimits
 from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
 

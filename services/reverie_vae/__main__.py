@@ -4,6 +4,7 @@ from reverie_common.process import run_process
 from reverie_common.rpc.server import run_server
 from reverie_common.storage import open_store
 from reverie_common.telemetry.logs import configure_logging
+
 from reverie_vae.settings import VaeSettings
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
 from reverie_hidream.tensor_io import from_raw, to_raw

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from reverie_common.errors import IntegrityError, InvalidArgumentError, ObjectNotFoundError
 from reverie_common.storage import ObjectInfo, ObjectStore
+
 from reverie_vae.images import refuse_large_file
 from reverie_vae.limits import MAX_FILE_BYTES
 from reverie_vae.rejections import ImageRejectedError, Reason

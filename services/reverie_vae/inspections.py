@@ -9,6 +9,7 @@ from reverie_common.concurrency import SingleFlight
 from reverie_common.errors import IntegrityError, ObjectNotFoundError
 from reverie_common.storage import JSON_MEDIA_TYPE, ObjectStore
 from reverie_common.storage.keys import inspection_key
+
 from reverie_vae.files import ImageFile, fetch_image, require_stored
 from reverie_vae.images import INSPECTION_VERSION, ImageDescription, inspect_image, refuse_many_pixels
 from reverie_vae.metrics import STAGE_SECONDS

@@ -12,12 +12,12 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from PIL import Image
-
 from reverie.common.v1.common_pb2 import ObjectRef, TensorRef
 from reverie_common.concurrency import BatchLimits, MicroBatcher
 from reverie_common.storage import ObjectStore, RawTensor, get_tensor, put_object, put_tensor
 from reverie_common.storage.derived import DerivedTensor, DerivedTensors
 from reverie_common.storage.keys import JSON, content_digest, latent_key, sample_key
+
 from reverie_vae.engine import VaeEngine, VaeFacts
 from reverie_vae.files import ImageFile, fetch_image
 from reverie_vae.images import TRANSFORM_VERSION, ResizeCrop, read_pixels

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
-
 from reverie_common.telemetry.metrics import LATENCY_BUCKETS_SECONDS, REGISTRY
+
 from reverie_vae.rejections import Reason
 
 QUEUES = ("encode", "decode")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from reverie.common.v1.common_pb2 import ObjectRef, TensorRef
 from reverie.vae.v1 import vae_pb2
 from reverie_common.errors import FieldViolation, InvalidArgumentError
+
 from reverie_vae.engine import VaeFacts
 from reverie_vae.files import ImageFile
 from reverie_vae.images import ResizeCrop

@@ -7,6 +7,7 @@ from reverie.vae.v1.vae_pb2_grpc import add_VaeServiceServicer_to_server
 from reverie_common.rpc.server import ServedService
 from reverie_common.storage import ObjectStore
 from reverie_hidream.checkpoint import resolve_checkpoint
+
 from reverie_vae.engine import VaeEngine, load_engine
 from reverie_vae.inspections import Inspections
 from reverie_vae.latents import Latents

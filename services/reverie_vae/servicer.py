@@ -8,6 +8,7 @@ from reverie.vae.v1 import vae_pb2
 from reverie.vae.v1.vae_pb2_grpc import VaeServiceServicer
 from reverie_common.concurrency import as_ready
 from reverie_common.errors import UnavailableError
+
 from reverie_vae.files import ImageFile
 from reverie_vae.images import ResizeCrop
 from reverie_vae.inspections import Inspections

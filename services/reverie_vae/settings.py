@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
-
 from reverie_common.concurrency import BatchLimits
 from reverie_common.settings import ServerSettings, StoreSettings
+
 from reverie_vae.limits import DEFAULT_MAX_PIXELS
 
 

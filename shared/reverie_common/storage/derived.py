@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reverie.common.v1.common_pb2 import TensorRef
+
 from reverie_common.concurrency import SingleFlight
 from reverie_common.storage.refs import tensor_ref_if_present
 from reverie_common.storage.store import ObjectStore

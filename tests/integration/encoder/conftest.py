@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
-
 from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceStub
 from reverie_common.rpc.channel import connect

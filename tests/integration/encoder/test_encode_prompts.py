@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-
 from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceStub
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError, StoreUnavailableError, UnavailableError

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceStub
 from reverie_common.rpc.channel import connect

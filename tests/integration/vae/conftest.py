@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from PIL import Image
-
 from reverie.common.v1.common_pb2 import ObjectRef
 from reverie.vae.v1.vae_pb2_grpc import VaeServiceStub
 from reverie_common.rpc.channel import connect

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from reverie.common.v1.common_pb2 import ObjectRef, TensorRef
 from reverie.vae.v1 import vae_pb2
 from reverie_common.errors import InvalidArgumentError, NotFoundError

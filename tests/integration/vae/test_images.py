@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image
-
 from reverie.common.v1.common_pb2 import ObjectRef
 from reverie.vae.v1 import vae_pb2
 from reverie.vae.v1.vae_pb2_grpc import VaeServiceStub

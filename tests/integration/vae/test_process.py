@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from reverie.vae.v1 import vae_pb2
 from reverie.vae.v1.vae_pb2_grpc import VaeServiceStub
 from reverie_common.rpc.channel import connect

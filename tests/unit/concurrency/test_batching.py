@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
-
 from reverie_common.concurrency import BatchLimits, MicroBatcher
 from reverie_common.errors import ResourceExhaustedError, UnavailableError
 

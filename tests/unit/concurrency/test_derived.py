@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-
 from reverie.common.v1.common_pb2 import TensorRef
 from reverie_common.storage import MemoryStore, RawTensor, put_tensor
 from reverie_common.storage.derived import DerivedTensors

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-
 from reverie_common.concurrency import as_ready
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 from pydantic import ValidationError
-
 from reverie_common.errors import InvalidArgumentError
 from reverie_encoder.settings import EncoderSettings
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
-
 from reverie_vae.images import ResizeCrop, inspect_image, read_pixels, read_pixels_with_pillow
 
 Picture = Callable[..., Image.Image]

@@ -9,7 +9,6 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from PIL import Image
-
 from reverie_common.storage import MemoryStore
 from reverie_vae.files import ImageFile, fetch_image, require_stored
 from reverie_vae.images import ResizeCrop, inspect_image, read_pixels, refuse_large_file

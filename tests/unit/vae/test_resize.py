@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from reverie_vae.resize import resize_lanczos
 
 SIZES = [
