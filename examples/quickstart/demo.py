@@ -160,9 +160,9 @@ def print_summary(results: Results, clock: Clock, console: Console) -> None:
     rows: list[tuple[str, str]] = [(name, f"{seconds:.1f} s") for name, seconds in clock.seconds.items()]
     rows += [(f"- {phase.name.replace('_', ' ')}", f"{phase.seconds:.1f} s") for phase in job.phases]
     console.print()
-    print_table(None, ("phase", "time"), rows)
+    print_table(("phase", "time"), rows)
     console.print()
-    print_table(None, ("result", ""), summary(job))
+    print_table(("result", ""), summary(job))
     console.print()
     validation = results.folder / "validation"
     for path in (results.folder / "job.json", results.folder / ADAPTER_PATH, validation, results.sheet, results.loss):

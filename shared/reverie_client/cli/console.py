@@ -94,9 +94,9 @@ def print_json_line(value: Any) -> None:
     stdout().print(json.dumps(value, ensure_ascii=False), markup=False)
 
 
-def print_table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a plain table on standard output."""
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a plain table on standard output; columns without a name have no header."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold", show_header=any(columns))
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     Console(highlight=False, width=None).print(table)

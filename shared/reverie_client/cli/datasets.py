@@ -92,7 +92,7 @@ def list_command(address: Address = None, output: Output = OutputFormat.TEXT) ->
         print_json({"datasets": [message_dict(dataset) for dataset in datasets]})
         return
     rows = [(each.name, each.num_samples, readable_bytes(each.size_bytes), each.version[:12]) for each in datasets]
-    print_table(None, ("name", "samples", "size", "version"), rows)
+    print_table(("name", "samples", "size", "version"), rows)
 
 
 @app.command("delete")

@@ -52,7 +52,6 @@ def plan_lines(answer: pb.CheckTrainingJobResponse) -> Iterator[str]:
     if not answer.HasField("estimate"):
         return
     estimate = answer.estimate
-    yield f"steps in an epoch: {estimate.steps_per_epoch}"
     yield f"store: {readable_bytes(estimate.storage_bytes)} of embeddings and latents"
     yield f"memory of a worker: {readable_bytes(estimate.worker_memory_bytes)}"
     if estimate.HasField("training_time"):

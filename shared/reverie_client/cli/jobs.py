@@ -115,7 +115,7 @@ def list_command(
         )
         for job in jobs
     ]
-    print_table(None, ("job", "name", "state", "step", "created"), rows)
+    print_table(("job", "name", "state", "step", "created"), rows)
 
 
 @app.command("get")
@@ -269,6 +269,6 @@ def _print_job(job: TrainingJob, output: OutputFormat) -> None:
     if output is OutputFormat.JSON:
         print_json(message_dict(job))
         return
-    print_table(None, ("", ""), describe_job(job))
+    print_table(("", ""), describe_job(job))
     if job.state in RESTING and job.HasField("failure"):
         stdout().print(f"what to do: {job.failure.remedy}", markup=False)

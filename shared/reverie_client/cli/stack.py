@@ -130,7 +130,7 @@ def status(state_dir: StateDir = None, output: Output = OutputFormat.TEXT) -> No
             )
             for service in services
         ]
-        print_table(None, ("service", "health", "pid", "address", "metrics", "uptime", "memory"), rows)
+        print_table(("service", "health", "pid", "address", "metrics", "uptime", "memory"), rows)
     if any(service.health != "serving" for service in services):
         raise typer.Exit(EXIT_FAILED)
 
