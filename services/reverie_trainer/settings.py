@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
@@ -17,6 +18,8 @@ class TrainerSettings(ServerSettings, StoreSettings):
     """Where jobs are kept, whom preparation asks, and how workers are started."""
 
     model_config = SettingsConfigDict(env_prefix="REVERIE_TRAINER_")
+
+    secret_fields: ClassVar[frozenset[str]] = StoreSettings.secret_fields | {"database_url"}
 
     port: int = Field(default=50053, ge=0, le=65535)
     """gRPC port; 0 takes any free one."""
@@ -40,7 +43,7 @@ class TrainerSettings(ServerSettings, StoreSettings):
     """Directory of the SQLite database and the workers' logs."""
 
     database_url: SecretStr | None = None
-    """SQLAlchemy URL of the database; by default SQLite in state_dir."""
+    """SQLAlchemy URL of the database, only from the environment; by default SQLite in state_dir."""
 
     max_concurrent_jobs: int = Field(default=1, ge=1, le=64)
     """Jobs that are prepared or trained at a time; others wait."""

@@ -45,7 +45,8 @@ class TransformerConfig:
         return cls(
             patch_size=_integer(config, "patch_size"),
             in_channels=_integer(config, "in_channels"),
-            out_channels=_integer(config, "out_channels"),
+            # diffusers lets the number of output channels follow the input's.
+            out_channels=_integer(config, "out_channels" if config.get("out_channels") is not None else "in_channels"),
             num_layers=_integer(config, "num_layers"),
             num_single_layers=_integer(config, "num_single_layers"),
             attention_head_dim=_integer(config, "attention_head_dim"),

@@ -9,7 +9,8 @@ from reverie_common.errors import FieldViolation, InvalidArgumentError
 
 from reverie_trainer.jobs.adapter_selection import AdapterSelection, TransformerConfig, select_adapter
 from reverie_trainer.jobs.buckets import EMPTY_REMEDY, Bucket, describe_empty, minimum_repeats
-from reverie_trainer.jobs.datasets import Datasets, Manifest
+from reverie_trainer.jobs.datasets import Datasets
+from reverie_trainer.jobs.manifests import Manifest
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter
 from reverie_trainer.jobs.spec_checks import check_spec, picture_size
 
@@ -145,6 +146,24 @@ def _check_pictures(spec: JobSpec, config: TransformerConfig) -> list[FieldViola
     return violations
 
 
+def warnings_of(admission: Admission, config: TransformerConfig) -> list[tuple[str, str]]:
+    """Return what is not as it was asked for although the job is accepted: (reason, message) for notices."""
+    warnings = []
+    for choice in admission.spec.datasets:
+        if choice.resolution**2 > config.max_pixels:
+            warnings.append(
+                (
+                    "RESOLUTION_ABOVE_CANVAS",
+                    f"dataset {choice.dataset}: resolution {choice.resolution} is above this model's canvas of "
+                    f"{config.max_pixels} pixels; buckets are made to fit",
+                )
+            )
+    if admission.selection is not None and admission.selection.unmatched:
+        unmatched = ", ".join(admission.selection.unmatched)
+        warnings.append(("ADAPTER_PARTLY_UNMATCHED", f"adapter: nothing matches {unmatched}"))
+    return warnings
+
+
 def describe_plan(admission: Admission, config: TransformerConfig, buckets: Sequence[Bucket] | None) -> list[str]:
     """Return the plan of a job that is accepted, a line for each part; buckets are None where not known yet."""
     lines = []
@@ -154,17 +173,12 @@ def describe_plan(admission: Admission, config: TransformerConfig, buckets: Sequ
             f"dataset {choice.dataset}: {num_images} images x {choice.repeats + 1} passes, resolution "
             f"{choice.resolution} ({choice.resolution_type}), {'square crops' if choice.crop else 'aspect buckets'}"
         )
-        if choice.resolution**2 > config.max_pixels:
-            lines.append(
-                f"dataset {choice.dataset}: resolution {choice.resolution} is above this model's canvas of "
-                f"{config.max_pixels} pixels; buckets are made to fit"
-            )
     if buckets is None:
         lines.append("buckets: planned when the images have been opened")
     else:
         lines += [f"bucket {item.width}x{item.height} of {item.dataset}: {item.num_images} images" for item in buckets]
     lines += _describe_training(admission)
-    return lines
+    return lines + [f"WARNING: {message}" for _, message in warnings_of(admission, config)]
 
 
 def _describe_training(admission: Admission) -> list[str]:
@@ -179,8 +193,6 @@ def _describe_training(admission: Admission) -> list[str]:
             f"adapter: LoKr on {admission.selection.num_modules} modules, "
             f"{admission.selection.num_parameters:,} parameters"
         )
-        if admission.selection.unmatched:
-            lines.append(f"adapter: nothing matches {', '.join(admission.selection.unmatched)}")
     return lines
 
 

@@ -1,15 +1,13 @@
 """Datasets: a name in the database for the newest of the immutable manifests in the store."""
 
 import asyncio
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from reverie.common.v1 import common_pb2
-from reverie.training.v1 import job_pb2, training_pb2
+from reverie.training.v1 import training_pb2
 from reverie_common.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -19,13 +17,14 @@ from reverie_common.errors import (
     NotFoundError,
 )
 from reverie_common.storage import JSON_MEDIA_TYPE, OBJECT_MEDIA_TYPE, ObjectStore
-from reverie_common.storage.keys import content_digest, dataset_manifest_key, image_key
+from reverie_common.storage.keys import dataset_manifest_key, image_key
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.database import Database
+from reverie_trainer.jobs.manifests import Manifest, Sample, delete_contents, manifest_body, parse_manifest
 from reverie_trainer.jobs.models import DatasetRow, JobRow
-from reverie_trainer.jobs.records import ACTIVE_STATES
+from reverie_trainer.jobs.records import ACTIVE_STATES, CANCELLED, FAILED
 from reverie_trainer.jobs.requests import find_repetition, remember
 from reverie_trainer.jobs.spec_checks import MAX_PROMPT_CHARACTERS
 
@@ -37,33 +36,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARALLEL_HEADS = 16
 _ATTEMPTS = 5
 _MAX_VIOLATIONS = 100
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One image with its captions."""
-
-    name: str
-    image: common_pb2.ObjectRef
-    captions: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """One version of a dataset."""
-
-    samples: tuple[Sample, ...]
-    """By name."""
-
-    @property
-    def version(self) -> str:
-        """Hex sha256 over the samples."""
-        return content_digest({"samples": [_sample_to_json(sample) for sample in self.samples]})
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the image files."""
-        return sum(sample.image.size_bytes for sample in self.samples)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +53,15 @@ class Datasets:
     def __init__(self, database: Database, store: ObjectStore) -> None:
         self._database = database
         self._store = store
+        # Between the look whether images are there and the new version that refers to them, none may be deleted.
+        self._images = asyncio.Lock()
 
     async def create(self, name: str, request_id: str) -> training_pb2.Dataset:
         """Create an empty dataset; the same request returns the first one."""
         manifest = Manifest(samples=())
-        await self._write_manifest(name, manifest)
-        return await self._database.run(lambda session: _create(session, name, request_id, manifest))
+        async with self._images:
+            await self._write_manifest(name, manifest)
+            return await self._database.run(lambda session: _create(session, name, request_id, manifest))
 
     async def get(self, name: str) -> training_pb2.Dataset:
         """Return a dataset; raises NotFoundError."""
@@ -97,8 +72,18 @@ class Datasets:
         return await self._database.run(lambda session: _list(session, after_name, limit))
 
     async def delete(self, name: str, request_id: str) -> None:
-        """Forget a dataset. Its manifests stay, because jobs that were accepted refer to them."""
-        await self._database.run(lambda session: _delete(session, name, request_id))
+        """Delete a dataset and the images that no other dataset has.
+
+        Where a job could still be resumed that trains on it, only its name is freed.
+
+        Raises:
+            NotFoundError: there is no such dataset.
+            FailedPreconditionError: a job at work uses it.
+        """
+        async with self._images:
+            is_unused = await self._database.run(lambda session: _delete(session, name, request_id))
+            if is_unused:
+                await asyncio.to_thread(delete_contents, self._store, name)
 
     async def versions(self, names: Iterable[str]) -> dict[str, str]:
         """Return the newest version of each dataset that exists."""
@@ -144,11 +129,12 @@ class Datasets:
         if repeated is not None:
             return AddedSamples(dataset=await self.get(repeated))
         await self.get(name)
-        await self._require_images(samples)
-        for _ in range(_ATTEMPTS):
-            added = await self._try_to_add(name, request_id, digest, samples)
-            if added is not None:
-                return added
+        async with self._images:
+            await self._require_images(samples)
+            for _ in range(_ATTEMPTS):
+                added = await self._try_to_add(name, request_id, digest, samples)
+                if added is not None:
+                    return added
         raise AbortedError(
             f"dataset {name!r} was changed by others {_ATTEMPTS} times in a row; repeat the call",
             reason="DATASET_CHANGED",
@@ -282,17 +268,6 @@ def refuse(violations: Sequence[FieldViolation], summary: str) -> None:
         )
 
 
-def manifest_body(manifest: Manifest) -> bytes:
-    """Return a manifest's bytes: a function of the samples alone."""
-    record = {"format": 1, "samples": [_sample_to_json(sample) for sample in manifest.samples]}
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def parse_manifest(body: bytes) -> Manifest:
-    """Return the manifest that bytes hold."""
-    return Manifest(samples=tuple(_sample_from_json(item) for item in json.loads(body)["samples"]))
-
-
 def sample_from_proto(message: training_pb2.Sample) -> Sample:
     """Return the domain form of a sample; captions of white space only count as missing."""
     captions = tuple(caption for caption in message.captions if caption.strip())
@@ -309,24 +284,6 @@ def _check_image(path: str, sample: Sample, store: ObjectStore) -> list[FieldVio
         description = f"{sample.name!r} has uri {image.uri[:200]!r}, expected {expected!r} as CreateUploads gives it"
         return [FieldViolation(field=f"{path}.uri", description=description)]
     return []
-
-
-def _sample_to_json(sample: Sample) -> dict[str, Any]:
-    image = sample.image
-    return {
-        "name": sample.name,
-        "image": {
-            "uri": image.uri,
-            "size_bytes": image.size_bytes,
-            "sha256": image.sha256,
-            "media_type": image.media_type,
-        },
-        "captions": list(sample.captions),
-    }
-
-
-def _sample_from_json(item: Mapping[str, Any]) -> Sample:
-    return Sample(name=item["name"], image=common_pb2.ObjectRef(**item["image"]), captions=tuple(item["captions"]))
 
 
 def _head_all(store: ObjectStore, keys: Sequence[str]) -> list[int | None]:
@@ -376,11 +333,12 @@ def _replace(
     return dataset_message(row)
 
 
-def _delete(session: Session, name: str, request_id: str) -> None:
+def _delete(session: Session, name: str, request_id: str) -> bool:
+    """Forget a dataset; return whether no job can ever need what it holds again."""
     if find_repetition(session, "DeleteDataset", request_id, name) is not None:
-        return
+        return False
     row = require_dataset(session, name)
-    users = _active_users(session, name)
+    users = _users(session, name, ACTIVE_STATES)
     if users:
         raise FailedPreconditionError(
             f"dataset {name!r} is used by {', '.join(users)}; wait for them or cancel them",
@@ -389,12 +347,9 @@ def _delete(session: Session, name: str, request_id: str) -> None:
         )
     session.delete(row)
     remember(session, "DeleteDataset", request_id, name, name)
+    return not _users(session, name, (FAILED, CANCELLED))
 
 
-def _active_users(session: Session, name: str) -> list[str]:
-    rows = session.scalars(select(JobRow).where(JobRow.state.in_(ACTIVE_STATES)))
-    return [
-        row.job_id
-        for row in rows
-        if name in (dataset.dataset for dataset in job_pb2.TrainingJobSpec.FromString(row.spec).datasets)
-    ]
+def _users(session: Session, name: str, states: Sequence[int]) -> list[str]:
+    rows = session.scalars(select(JobRow).where(JobRow.state.in_(states)))
+    return [row.job_id for row in rows if name in row.dataset_versions]

@@ -13,10 +13,10 @@ from reverie.vae.v1 import vae_pb2
 from reverie_common.errors import ReverieError
 
 from reverie_trainer.jobs.adapter_selection import TransformerConfig
-from reverie_trainer.jobs.admission import Admission, describe_plan, examine
+from reverie_trainer.jobs.admission import Admission, describe_plan, examine, warnings_of
 from reverie_trainer.jobs.buckets import Bucket, ImageSize, count_buckets, describe_underfilled, plan_images
 from reverie_trainer.jobs.database import Database
-from reverie_trainer.jobs.datasets import Datasets, Sample
+from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.estimate import (
     count_prompts,
     epoch_steps,
@@ -26,6 +26,7 @@ from reverie_trainer.jobs.estimate import (
 )
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.inspection import ImageInspector
+from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.preparation import geometry_of
 from reverie_trainer.jobs.services import Services
 from reverie_trainer.jobs.spec import JobSpec, spec_to_proto
@@ -51,6 +52,10 @@ class Examiner:
     async def admit(self, spec: JobSpec) -> Admission:
         """Return whether a job would be accepted, and the datasets that it would train on."""
         return await examine(spec, self._datasets, self._config)
+
+    def warnings_of(self, admission: Admission) -> list[tuple[str, str]]:
+        """Return what is not as it was asked for although a job is accepted: (reason, message)."""
+        return warnings_of(admission, self._config)
 
     async def check(self, spec: JobSpec) -> training_pb2.CheckTrainingJobResponse:
         """Return every violation, or the plan and what the job would take."""

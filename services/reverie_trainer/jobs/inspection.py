@@ -6,7 +6,7 @@ from reverie.common.v1 import common_pb2
 from reverie.training.v1 import training_pb2
 from reverie.vae.v1 import vae_pb2
 
-from reverie_trainer.jobs.datasets import Sample
+from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.patience import Notice, Patience, ask_in_chunks, tell_nobody
 from reverie_trainer.jobs.services import VaeClient
 

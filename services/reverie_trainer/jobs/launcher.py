@@ -152,6 +152,8 @@ class LocalLauncher:
     def close(self) -> None:
         """End the workers that wait; the end of their input tells them to exit. Blocks until they have."""
         for waiting in self._standby:
+            # It may still be importing and would not see the end of its input for a while; it has nothing to lose.
+            waiting.child.kill()
             _close_input(waiting.child)
         for child in [waiting.child for waiting in self._standby] + list(self._children.values()):
             _reap(child)

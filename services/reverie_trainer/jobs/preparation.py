@@ -26,9 +26,10 @@ from reverie_trainer.jobs.buckets import (
     describe_underfilled,
     plan_images,
 )
-from reverie_trainer.jobs.datasets import Datasets, Sample
+from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.inspection import ImageInspector
+from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.patience import Notice, Patience, ask_in_chunks, both, patiently
 from reverie_trainer.jobs.prepared import (
     Prepared,

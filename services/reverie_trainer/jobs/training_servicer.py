@@ -3,7 +3,7 @@
 # ruff: noqa: ARG002, N802 - the contract names the methods and what they are given
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -14,12 +14,13 @@ from sqlalchemy.orm import Session
 from reverie_trainer.jobs.admission import Admission
 from reverie_trainer.jobs.artifacts import artifact_message
 from reverie_trainer.jobs.database import Database
-from reverie_trainer.jobs.events import watch
+from reverie_trainer.jobs.events import append_notice, watch
 from reverie_trainer.jobs.examination import Examiner
 from reverie_trainer.jobs.models import JobRow
 from reverie_trainer.jobs.paging import MAX_PAGE_BYTES, read_page, write_token
 from reverie_trainer.jobs.records import job_message
 from reverie_trainer.jobs.repository import (
+    WARNING,
     create_job,
     get_job,
     list_artifacts,
@@ -60,7 +61,10 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             # A repetition is answered before the job is checked again: its datasets may be gone by now.
             admission = await self._examiner.admit(spec)
             admission.require()
-            row = await self._database.run(lambda session: _create(session, admission, request.request_id, digest))
+            warnings = self._examiner.warnings_of(admission)
+            row = await self._database.run(
+                lambda session: _create(session, admission, warnings, request.request_id, digest)
+            )
         return training_pb2.CreateTrainingJobResponse(job=job_message(row))
 
     async def GetTrainingJob(
@@ -148,11 +152,15 @@ def _find_created(session: Session, request_id: str, digest: str) -> JobRow | No
     return get_job(session, job_id) if job_id is not None else None
 
 
-def _create(session: Session, admission: Admission, request_id: str, digest: str) -> JobRow:
+def _create(
+    session: Session, admission: Admission, warnings: Sequence[tuple[str, str]], request_id: str, digest: str
+) -> JobRow:
     # Asked again: the same request may have arrived twice at the same time.
     row = _find_created(session, request_id, digest)
     if row is None:
         row = create_job(session, spec_to_proto(admission.spec), admission.versions)
+        for reason, message in warnings:
+            append_notice(session, row, WARNING, reason, message)
         remember(session, "CreateTrainingJob", request_id, digest, row.job_id)
     return row
 

@@ -67,6 +67,21 @@ async def test_check_answers_while_the_services_are_away(start_trainer: Any, mak
     assert any("no encoder service answers" in line for line in checked.plan)
 
 
+async def test_what_is_not_as_asked_is_told_at_check_and_in_the_job(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("told", CATS)
+    spec = make_spec("told")
+    spec.datasets[0].resolution = 512
+    spec.adapter.lokr.apply_preset.target_module.extend(["Attention", "FeedFoward"])
+    plan = "\n".join((await check(trainer, spec)).plan)
+    assert "WARNING: dataset told: resolution 512 is above this model's canvas of 65536 pixels" in plan
+    assert "WARNING: adapter: nothing matches FeedFoward" in plan
+    events = await trainer.watch((await trainer.submit(spec)).job_id)
+    assert [event.notice.reason for event in events if event.HasField("notice")] == [
+        "RESOLUTION_ABOVE_CANVAS",
+        "ADAPTER_PARTLY_UNMATCHED",
+    ]
+
+
 async def test_plan_warns_of_broken_images_and_of_buckets_that_fill_no_step(trainer: Any, make_spec: Any) -> None:
     await trainer.add_dataset("warnings", [*CATS, ("broken", ["a cat"])])
     checked = await check(trainer, make_spec("warnings", optimization=job_pb2.OptimizationSpec(batch_size=2)))

@@ -177,6 +177,29 @@ async def test_job_trains_on_the_version_that_it_was_accepted_with(trainer: Any,
     assert (await trainer.finish(job.job_id)).preparation.num_images == 1
 
 
+async def test_deletion_takes_the_images_that_nobody_else_has(trainer: Any) -> None:
+    own, shared = sample(trainer, "own.png", "64x64 own"), sample(trainer, "shared.png", "64x64 shared")
+    for name, samples in (("deleted", (own, shared)), ("kept", (shared,))):
+        await create(trainer, name)
+        await add(trainer, name, *samples)
+    await trainer.datasets.DeleteDataset(training_pb2.DeleteDatasetRequest(name="deleted"))
+    heads = [trainer.store.head(trainer.store.key_of(item.image.uri)) for item in (own, shared)]
+    assert [head is not None for head in heads] == [False, True]
+    assert not list(trainer.store.list("v1/dataset/deleted/"))
+    await create(trainer, "deleted")
+
+
+async def test_images_of_a_job_that_may_be_resumed_outlive_their_dataset(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("resumable", [("512x512 resumable", ["a cat"])])
+    job = await trainer.finish((await trainer.submit(make_spec("resumable", "steps=3", "fail=1"))).job_id)
+    await trainer.datasets.DeleteDataset(training_pb2.DeleteDatasetRequest(name="resumable"))
+    await trainer.training.ResumeTrainingJob(training_pb2.ResumeTrainingJobRequest(job_id=job.job_id))
+    again = await trainer.finish(job.job_id)
+    assert (again.failure.reason, again.num_worker_starts) == ("NOT_FINITE", 2)
+    image = trainer.put_image("512x512 resumable")
+    assert trainer.store.head(trainer.store.key_of(image.uri)) is not None
+
+
 async def test_scan_tells_of_each_sample(trainer: Any) -> None:
     samples = [("640x480 s", ["a cat"]), ("broken s", ["a cat"]), ("64x64 s", [])]
     await trainer.add_dataset("scan", samples)
