@@ -157,8 +157,11 @@ def clear(output: Path) -> None:
 def print_summary(results: Results, clock: Clock, console: Console) -> None:
     """Print the closing table and where everything is."""
     job = results.job
-    rows: list[tuple[str, str]] = [(name, f"{seconds:.1f} s") for name, seconds in clock.seconds.items()]
-    rows += [(f"- {phase.name.replace('_', ' ')}", f"{phase.seconds:.1f} s") for phase in job.phases]
+    rows: list[tuple[str, str]] = []
+    for name, seconds in clock.seconds.items():
+        rows.append((name, f"{seconds:.1f} s"))
+        if name == "job":  # the parts overlap: pictures are drawn beside training
+            rows += [(f"- {phase.name.replace('_', ' ')}", f"{phase.seconds:.1f} s") for phase in job.phases]
     console.print()
     print_table(("phase", "time"), rows)
     console.print()

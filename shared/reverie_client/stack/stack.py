@@ -175,8 +175,8 @@ class Stack:
         if alive:
             running = ", ".join(f"{name} (process {pid})" for name, pid in alive.items())
             raise FailedPreconditionError(
-                f"a stack is up already in {self.state.path}: {running}; see `reverie status`, stop it with "
-                "`reverie down`, or choose another --state-dir",
+                f"a stack is up already in {self.state.path}: {running}; stop it with "
+                f"`reverie down --state-dir {self.state.path}`, or choose another --state-dir",
                 reason="STACK_IS_UP",
                 metadata={"state_dir": str(self.state.path)},
             )
