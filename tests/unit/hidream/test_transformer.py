@@ -124,7 +124,8 @@ def test_a_sample_does_not_depend_on_the_others_in_its_batch(
     both = predict_velocity(transformer, latents, timesteps, text)
     alone = predict_velocity(transformer, latents[1:], timesteps[1:], second)
 
-    assert torch.allclose(both[1:], alone, rtol=0, atol=1e-12)
+    # RoPE is float32 in every model: split over threads, its vector and scalar paths differ by an ulp (2e-11 seen).
+    assert torch.allclose(both[1:], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 10)])
