@@ -24,6 +24,10 @@ from reverie_trainer.settings import TrainerSettings
 
 _PACKAGE = "reverie.training.v1"
 
+# Callers give up after 30 s, and an answer that names the store has to reach them before; preparation, which nobody
+# waits for, has a patience of its own on top.
+_STORE_RETRY_SECONDS = 5.0
+
 
 class Trainer:
     """One trainer process."""
@@ -111,7 +115,8 @@ async def make_server(settings: TrainerSettings) -> Server:
     Raises:
         NotFoundError: the checkpoint has no transformer configuration.
     """
-    store = open_store(settings)
+    retry_seconds = min(settings.store_retry_seconds, _STORE_RETRY_SECONDS)
+    store = open_store(settings.model_copy(update={"store_retry_seconds": retry_seconds}))
     config = await asyncio.to_thread(read_transformer_config, settings.checkpoint, store)
     return Trainer(settings, store, config).server
 
@@ -142,6 +147,7 @@ def _store_environment(settings: TrainerSettings) -> dict[str, str]:
         "REVERIE_STORE_ACCESS_KEY": settings.store_access_key.get_secret_value(),
         "REVERIE_STORE_SECRET_KEY": settings.store_secret_key.get_secret_value(),
         "REVERIE_STORE_PUBLIC_ENDPOINT": settings.store_public_endpoint or "",
-        "REVERIE_STORE_RETRY_SECONDS": str(settings.store_retry_seconds),
+        # A worker waits for the store as long as preparation does: a job must not fail for what a restart cures.
+        "REVERIE_STORE_RETRY_SECONDS": str(max(settings.store_retry_seconds, settings.patience_seconds)),
     }
     return {name: value for name, value in values.items() if value}

@@ -58,7 +58,8 @@ class TrainerSettings(ServerSettings, StoreSettings):
     """HOST:PORT under which workers reach this trainer; by default its own host and port."""
 
     patience_seconds: float = Field(default=600.0, ge=0)
-    """How long preparation waits for a service that is away or full before the job fails."""
+    """How long preparation waits for a service that is away or full before the job fails; workers wait for the store
+    as long."""
 
     progress_seconds: float = Field(default=0.25, ge=0)
     """Preparation tells its progress at most this often."""

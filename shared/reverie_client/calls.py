@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 from grpc.aio import UnaryStreamMultiCallable, UnaryUnaryMultiCallable
-from reverie_common.errors import ResourceExhaustedError, ReverieError, UnavailableError
+from reverie_common.errors import DeadlineExceededError, ResourceExhaustedError, ReverieError, UnavailableError
 from reverie_common.rpc.channel import error_from_rpc, translated
 
 Request = TypeVar("Request")
@@ -85,7 +85,16 @@ async def repeated(attempt: Callable[[], Awaitable[Response]], policy: CallPolic
 
 async def call(method: UnaryUnaryMultiCallable[Request, Response], request: Request, policy: CallPolicy) -> Response:
     """Make one unary call with its deadline and retries."""
-    return await repeated(lambda: method(request, timeout=policy.timeout_seconds), policy)
+    try:
+        return await repeated(lambda: method(request, timeout=policy.timeout_seconds), policy)
+    except DeadlineExceededError as error:
+        if error.metadata:  # the server says more about it than we know
+            raise
+        raise DeadlineExceededError(
+            f"no answer within {policy.timeout_seconds:g} s; the service is overloaded, or waits for another or for "
+            "the object store: its log says which; repeat the command later",
+            reason=error.reason,
+        ) from error
 
 
 async def stream(

@@ -81,7 +81,8 @@ class Reverie:
         await self.close()
 
     def _connect(self, target: str) -> grpc.aio.Channel:
-        channel = connect(target)
+        # Every call is repeated by `calls`, which hears why it failed; gRPC's own retries would use up its deadline.
+        channel = connect(target, retries=False)
         self._channels.append(channel)
         return channel
 
