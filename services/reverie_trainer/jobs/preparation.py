@@ -53,6 +53,7 @@ _IMAGE_PARALLEL = 4
 MAX_REJECTED = 200
 MAX_TRUNCATED = 100
 _MAX_DROPPED_CHARACTERS = 300
+_MAX_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +99,9 @@ class _Rejections:
         self.items.append(
             job_pb2.RejectedSample(dataset=dataset, sample=candidate.sample.name, message=rejection.message)
         )
+
+    def of(self, dataset: str) -> list[job_pb2.RejectedSample]:
+        return [item for item in self.items if item.dataset == dataset]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,14 +245,15 @@ class _Preparation:
         self._rejections.add(candidate, self._spec.datasets[candidate.choice].dataset, rejection)
 
     def _require_images(self, candidates: Sequence[_Candidate]) -> None:
-        """Refuse a dataset of which nothing is left, with what was wrong with its first image."""
+        """Refuse a dataset of which nothing is left, with what was wrong with its first images by name."""
         used = {item.choice for item in candidates}
         for index, choice in enumerate(self._spec.datasets):
             if index not in used:
                 message = describe_empty(choice.dataset, self._rejections.by_choice.get(index, 0))
-                examples = [item for item in self._rejections.items if item.dataset == choice.dataset][:1]
-                why = "".join(f"; {item.sample}: {item.message}" for item in examples)
-                raise JobFailedError("DATASET_EMPTY", message + why, EMPTY_REMEDY)
+                rejected = sorted((each.sample, each.message) for each in self._rejections.of(choice.dataset))
+                why = "".join(f"; {sample}: {reason}" for sample, reason in rejected[:_MAX_NAMED])
+                more = f"; and {len(rejected) - _MAX_NAMED} more" if len(rejected) > _MAX_NAMED else ""
+                raise JobFailedError("DATASET_EMPTY", message + why + more, EMPTY_REMEDY)
 
     def _report(self, candidates: Sequence[_Candidate], encoded: EncodedPrompts) -> job_pb2.PreparationReport:
         rejected = sorted(self._rejections.items, key=lambda item: (item.dataset, item.sample))
