@@ -27,6 +27,8 @@ class JobFailedError(ReverieError):
 class TransferError(UnavailableError):
     """A file could not be moved, after every retry."""
 
+    default_reason = "TRANSFER_FAILED"
+
 
 class UrlExpiredError(TransferError):
     """The store no longer accepts a presigned URL; ask for a new one."""

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import BinaryIO, Self, TypeVar
 from urllib.parse import urlsplit
 
-from reverie_common.errors import IntegrityError
+from reverie_common.errors import IntegrityError, StoreFullError
 
 from reverie_client.errors import TransferError, UrlExpiredError
 
@@ -27,6 +27,9 @@ NUM_THREADS = 8
 TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 60.0
 MAX_DELAY_SECONDS = 5.0
+
+# A store that has just started may refuse a write or two; one that goes on answering and refusing is full.
+FULL_AFTER_SECONDS = 5.0
 
 HTTP_PARTIAL = 206
 HTTP_FORBIDDEN = 403
@@ -81,6 +84,10 @@ class _TryAgain(Exception):  # noqa: N818 - not an error
     """This attempt failed in a way that may pass."""
 
 
+class _WriteRefused(_TryAgain):
+    """The store answered, and did not take the file."""
+
+
 class Transfers:
     """A few threads that move files. Leaving the context stops them within one chunk."""
 
@@ -104,7 +111,7 @@ class Transfers:
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
 
     async def upload(self, files: Sequence[Upload]) -> None:
-        """Put every file. Raises TransferError, UrlExpiredError."""
+        """Put every file. Raises TransferError, UrlExpiredError, StoreFullError."""
         await self._move(files, self._upload)
 
     async def download(self, files: Sequence[Download]) -> None:
@@ -119,18 +126,18 @@ class Transfers:
     def _patiently(self, move: Callable[[Transfer], None], file: Transfer) -> None:
         """Repeat one transfer while what stops it may pass."""
         deadline = time.monotonic() + self._retry_seconds
+        refused_since: float | None = None
         delay = 0.2
         while True:
             try:
                 move(file)
             except (_TryAgain, OSError, http.client.HTTPException) as error:
-                if time.monotonic() + delay > deadline:
-                    host = urlsplit(file.url).netloc
-                    raise TransferError(
-                        f"{file.path.name} could not be moved between here and the store at {host} within "
-                        f"{self._retry_seconds:.0f} s: {error}; check that the store runs, and repeat the command: "
-                        "what is done is kept"
-                    ) from error
+                now = time.monotonic()
+                refused_since = (refused_since or now) if isinstance(error, _WriteRefused) else None
+                if refused_since is not None and now - refused_since > FULL_AFTER_SECONDS:
+                    raise _full(file, error) from error
+                if now + delay > deadline:
+                    raise _given_up(file, self._retry_seconds, error) from error
                 if self._stop.wait(delay):
                     raise _Stopped from error
                 delay = min(delay * 2, MAX_DELAY_SECONDS)
@@ -148,6 +155,8 @@ class Transfers:
             try:
                 with _request("PUT", file.url, headers, self._sent(body, counted)) as response:
                     response.read()
+                    if response.status >= 500:
+                        raise _WriteRefused(f"HTTP {response.status}")
                     if response.status not in HTTP_EXISTS:
                         _refuse(response)
             except BaseException:
@@ -248,6 +257,24 @@ class _Counted:
 
     def take_back(self) -> None:
         self._meter.move(-self.num_bytes)
+
+
+def _full(file: Upload | Download, error: Exception) -> StoreFullError:
+    host = urlsplit(file.url).netloc
+    return StoreFullError(
+        f"{file.path.name} could not be stored: the store at {host} answers, but takes no more objects ({error}): "
+        "it is full, or its disk is; free or add disk space, and repeat the command: what is done is kept",
+        metadata={"file": file.path.name, "endpoint": host},
+    )
+
+
+def _given_up(file: Upload | Download, seconds: float, error: Exception) -> TransferError:
+    host = urlsplit(file.url).netloc
+    return TransferError(
+        f"{file.path.name} could not be moved between here and the store at {host} within {seconds:.0f} s: {error}; "
+        "check that the store runs, and repeat the command: what is done is kept",
+        metadata={"file": file.path.name, "endpoint": host},
+    )
 
 
 def sha256_of(path: Path) -> str:
