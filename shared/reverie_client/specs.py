@@ -8,6 +8,7 @@ server checks that, and NaN goes to it as it is.
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +39,41 @@ MOVED = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobReading:
+    """What could be read of a job, and what could not."""
+
+    name: str
+    """What errors call the file or text."""
+    spec: TrainingJobSpec
+    """Everything that could be read; the rest has its default."""
+    violations: tuple[FieldViolation, ...]
+    """Unknown keys, wrong types, integers out of range."""
+    suspects: frozenset[str]
+    """Fields that are probably meant by what could not be read."""
+
+    def require(self) -> TrainingJobSpec:
+        """Return the job. Raises InvalidArgumentError with everything that could not be read."""
+        if self.violations:
+            raise self.error()
+        return self.spec
+
+    def error(self, more: Sequence[FieldViolation] = ()) -> InvalidArgumentError:
+        """Return the error that says what is wrong here, and `more` that was found elsewhere in what could be read."""
+        new = [found for found in more if not self._is_known(found.field)]
+        count = len(self.violations) + len(new)
+        return InvalidArgumentError(
+            f"{count} {'field is' if count == 1 else 'fields are'} wrong in {self.name}",
+            reason="INVALID_JOB_FILE",
+            violations=[*self.violations, *new],
+        )
+
+    def _is_known(self, field: str) -> bool:
+        """Whether a field has its default only because what was written for it could not be read."""
+        wrong = {found.field for found in self.violations} | self.suspects
+        return any(field == each or field.startswith((f"{each}.", f"{each}[")) for each in wrong)
+
+
 def load_job_spec(source: Path | str) -> TrainingJobSpec:
     """Return the job that a file (a Path) or a text (a str) describes.
 
@@ -45,25 +81,26 @@ def load_job_spec(source: Path | str) -> TrainingJobSpec:
         NotFoundError: there is no such file.
         InvalidArgumentError: with one violation for each unknown key, wrong type and integer out of range.
     """
-    if isinstance(source, Path):
-        return parse_job_spec(_read(source), name=str(source))
-    return parse_job_spec(source)
+    return (read_job_file(source) if isinstance(source, Path) else read_job_text(source)).require()
 
 
 def parse_job_spec(text: str, *, name: str = "the job") -> TrainingJobSpec:
     """Return the job that a YAML or JSON text describes; `name` is what errors call it."""
+    return read_job_text(text, name=name).require()
+
+
+def read_job_file(path: Path) -> JobReading:
+    """Read as much of a job file as can be read. Raises NotFoundError, InvalidArgumentError where nothing can."""
+    return read_job_text(_read(path), name=str(path))
+
+
+def read_job_text(text: str, *, name: str = "the job") -> JobReading:
+    """Read as much of a YAML or JSON text as can be read. Raises InvalidArgumentError where nothing can."""
     document = parse(text, name)
     spec = TrainingJobSpec()
     reader = _Reader()
     reader.fill(spec, document, "")
-    if reader.violations:
-        count = len(reader.violations)
-        raise InvalidArgumentError(
-            f"{count} {'field is' if count == 1 else 'fields are'} wrong in {name}",
-            reason="INVALID_JOB_FILE",
-            violations=reader.violations,
-        )
-    return spec
+    return JobReading(name=name, spec=spec, violations=tuple(reader.violations), suspects=frozenset(reader.suspects))
 
 
 def _read(path: Path) -> str:
@@ -85,6 +122,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.violations: list[FieldViolation] = []
+        self.suspects: set[str] = set()
 
     def refuse(self, path: str, description: str) -> None:
         self.violations.append(FieldViolation(field=path or "the document", description=description))
@@ -98,7 +136,9 @@ class _Reader:
         for key, entry in value.items():
             field = descriptor.fields_by_name.get(key)
             if field is None:
-                self.refuse(_join(path, key), _unknown(key, descriptor))
+                near = _nearest(key, descriptor)
+                self.suspects.update(_join(path, name) for name in near)
+                self.refuse(_join(path, key), _unknown(key, near, descriptor))
             elif entry is not None:
                 self.set_field(message, field, entry, _join(path, key))
 
@@ -213,14 +253,16 @@ def _names(descriptor: Descriptor) -> str:
     return ", ".join(descriptor.fields_by_name)
 
 
-def _unknown(key: Any, descriptor: Descriptor) -> str:
-    names = list(descriptor.fields_by_name)
-    near = difflib.get_close_matches(str(key).lower().replace("-", "_"), names, n=1)
+def _nearest(key: Any, descriptor: Descriptor) -> list[str]:
+    return difflib.get_close_matches(str(key).lower().replace("-", "_"), list(descriptor.fields_by_name), n=1)
+
+
+def _unknown(key: Any, near: Sequence[str], descriptor: Descriptor) -> str:
     if near:
         return f"unknown key; did you mean {near[0]}?"
     if key in MOVED:
         return f"unknown key; {MOVED[str(key)]}"
-    return f"unknown key; the keys here are {', '.join(names)}"
+    return f"unknown key; the keys here are {_names(descriptor)}"
 
 
 def _shown(value: Any) -> str:

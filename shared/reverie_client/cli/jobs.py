@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from reverie.training.v1 import training_pb2 as pb
 from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobSpec, TrainingJobState
-from reverie_common.errors import FieldViolation, InvalidArgumentError
+from reverie_common.errors import DeadlineExceededError, FieldViolation, InvalidArgumentError, UnavailableError
 from rich.markup import escape
 
 from reverie_client.cli.connection import Address, connect, run
@@ -28,7 +28,7 @@ from reverie_client.client import Reverie
 from reverie_client.errors import JobFailedError
 from reverie_client.jobs import RESTING
 from reverie_client.results import Results, write_results
-from reverie_client.specs import load_job_spec, parse_job_spec
+from reverie_client.specs import JobReading, read_job_file, read_job_text
 
 app = typer.Typer(help="Training jobs.", no_args_is_help=True)
 
@@ -43,7 +43,7 @@ def check_command(file: JobFile, address: Address = None, output: Output = Outpu
 
     Example: [bold]reverie job check job.yaml[/]
     """
-    answer = run(_check(_read(file), address))
+    answer = run(_check(_read(file, address), address))
     if output is OutputFormat.JSON:
         print_json(message_dict(answer))
     else:
@@ -64,7 +64,7 @@ def submit_command(
 
     Example: [bold]reverie job submit job.yaml --watch[/]
     """
-    spec = _read(file)
+    spec = _read(file, address)
     job = run(_submit(spec, address))
     if not watch:
         _print_job_id(job, output)
@@ -175,10 +175,21 @@ def fetch_command(
             stdout().print(str(path), markup=False)
 
 
-def _read(file: Path) -> TrainingJobSpec:
-    if str(file) == "-":
-        return parse_job_spec(sys.stdin.read(), name="standard input")
-    return load_job_spec(file)
+def _read(file: Path, address: str | None) -> TrainingJobSpec:
+    """Read a job; one that cannot be read is refused together with what the trainer finds wrong in the rest of it."""
+    is_piped = str(file) == "-"
+    reading = read_job_text(sys.stdin.read(), name="standard input") if is_piped else read_job_file(file)
+    if reading.violations:
+        raise reading.error(_found_by_trainer(reading, address))
+    return reading.spec
+
+
+def _found_by_trainer(reading: JobReading, address: str | None) -> list[FieldViolation]:
+    try:
+        answer = run(_check(reading.spec, address))
+    except (UnavailableError, DeadlineExceededError):
+        return []  # what was found here is worth saying without it
+    return [FieldViolation(field=each.field, description=each.description) for each in answer.violations]
 
 
 def _state(name: str) -> "TrainingJobState.ValueType":

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.json_format import MessageToDict
-from reverie_client.specs import load_job_spec, parse_job_spec
-from reverie_common.errors import InvalidArgumentError, NotFoundError
+from reverie_client.specs import load_job_spec, parse_job_spec, read_job_text
+from reverie_common.errors import FieldViolation, InvalidArgumentError, NotFoundError
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "job.yaml"
 
@@ -122,3 +122,12 @@ def test_a_file_that_is_not_utf8_is_named_with_the_offset(tmp_path: Path) -> Non
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(InvalidArgumentError, match="byte 0xe9 at offset 9"):
         load_job_spec(path)
+
+
+def test_adds_what_others_find_wrong_but_not_what_follows_from_its_own() -> None:
+    reading = read_job_text("{optimisation: {max_steps: 5}, seed: x, trigger_words: word}")
+    assert reading.suspects == {"optimization"}
+    found_elsewhere = ["optimization.max_steps", "seed", "trigger_words[0]", "datasets", "seeds"]
+    error = reading.error([FieldViolation(field=field, description="wrong") for field in found_elsewhere])
+    assert [found.field for found in error.violations] == ["optimisation", "seed", "trigger_words", "datasets", "seeds"]
+    assert error.message == "5 fields are wrong in the job"
