@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import diffusers
 import grpc
 from reverie.sampling.v1.sampling_pb2_grpc import SamplingServiceStub
 from reverie.training.v1.training_pb2 import (
@@ -30,6 +31,7 @@ from reverie_trainer.worker.choices import Chance
 from reverie_trainer.worker.compute import choose_device
 from reverie_trainer.worker.control_thread import ControlThread
 from reverie_trainer.worker.data import BatchLoader, BatchMaker
+from reverie_trainer.worker.engine import TrainingEngine
 from reverie_trainer.worker.failures import failure_of
 from reverie_trainer.worker.finish import Finisher
 from reverie_trainer.worker.job import LeasedJob, read_job
@@ -171,25 +173,14 @@ class _Worker:
         )
         maker = BatchMaker(job.data, TensorCache(self.store, max_bytes=self.settings.cache_bytes), _chance(job))
         steps = range(job.first_step, job.spec.optimization.max_steps + 1)
+        loading = BatchLoader(
+            maker, schedule, steps=steps, depth=self.settings.prefetch_batches, num_threads=self.settings.data_threads
+        )
         # Data are read while the model is loaded.
-        with (
-            BatchLoader(
-                maker,
-                schedule,
-                steps=steps,
-                depth=self.settings.prefetch_batches,
-                num_threads=self.settings.data_threads,
-            ) as batches,
-            self._saver(job) as saver,
-        ):
-            with self.office.outbox.timed("load_model"):
-                transformer = loader.load_base()
-                adapter = loader.attach(transformer)
-                self.office.outbox.adapter(num_modules=adapter.num_modules, num_parameters=adapter.num_parameters)
-                engine = loader.engine(transformer, adapter)
-                if job.checkpoint is not None:
-                    engine.load_state(read_state(self.store, job.checkpoint))
-                    pictures.ask_again(job.checkpoint.scalars.get("pictures", ()))
+        with loading as batches, self._saver(job) as saver:
+            transformer, engine = self._load(job, loader)
+            if job.checkpoint is not None:
+                pictures.ask_again(job.checkpoint.scalars.get("pictures", ()))
             loop = TrainingLoop(
                 job=job,
                 engine=engine,
@@ -202,12 +193,22 @@ class _Worker:
             )
             if loop.run() is not Order.GO_ON:
                 return None
-            probe_batch = maker.make(schedule.micro_batches(1)[0])
-            return TrainedAdapter(
-                file=loop.adapter_file(job.spec.optimization.max_steps),
-                probe_batch=probe_batch,
-                output=probe(transformer, probe_batch),
-            )
+        batch = maker.make(schedule.micro_batches(1)[0])
+        adapter_file = loop.adapter_file(job.spec.optimization.max_steps)
+        return TrainedAdapter(file=adapter_file, probe_batch=batch, output=probe(transformer, batch))
+
+    def _load(
+        self, job: LeasedJob, loader: ModelLoader
+    ) -> tuple[diffusers.HiDreamImageTransformer2DModel, TrainingEngine]:
+        """The model with its adapter, as an earlier worker left it if there was one."""
+        with self.office.outbox.timed("load_model"):
+            transformer = loader.load_base()
+            adapter = loader.attach(transformer)
+            self.office.outbox.adapter(num_modules=adapter.num_modules, num_parameters=adapter.num_parameters)
+            engine = loader.engine(transformer, adapter)
+            if job.checkpoint is not None:
+                engine.load_state(read_state(self.store, job.checkpoint))
+        return transformer, engine
 
     @contextmanager
     def _saver(self, job: LeasedJob) -> Iterator[CheckpointSaver]:

@@ -94,6 +94,18 @@ def test_a_job_that_was_stopped_ends_in_the_same_bytes(prepared: Any, work: Work
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_job_whose_worker_died_at_the_very_end_is_finished_without_a_step(prepared: Any, work: Work) -> None:
+    trainer = prepared.trainer(name="job-nearly")
+    work(trainer)
+    trainer.checkpoint = _manifest(prepared, "job-nearly", 6)
+    assert work(trainer) == 0
+    first, second = trainer.completions
+    assert second.outcome == WORKER_OUTCOME_SUCCEEDED
+    assert second.adapter == first.adapter
+    assert second.metrics == first.metrics
+    assert len(trainer.of_kind("step")) == 6
+
+
 def test_keeps_the_newest_checkpoints_only(prepared: Any, work: Work) -> None:
     trainer = prepared.trainer(name="job-pruned", checkpoints={"every_steps": 1, "keep": 2})
     work(trainer)
