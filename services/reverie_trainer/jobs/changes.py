@@ -44,7 +44,9 @@ class Changes:
 async def wait_for(signal: asyncio.Event, timeout_seconds: float) -> bool:
     """Wait for a signal at most so long; True when it came."""
     try:
-        await asyncio.wait_for(signal.wait(), timeout_seconds)
+        # Not asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes together with the signal.
+        async with asyncio.timeout(timeout_seconds):
+            await signal.wait()
     except TimeoutError:
         return False
     return True

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ TOKEN_VARIABLE = "REVERIE_WORKER_TOKEN"  # noqa: S105  # the name of a variable,
 
 _LAST_LINES = 20
 _EXIT_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 60.0
 
 
 class Launcher(Protocol):
@@ -80,13 +82,15 @@ class _Standby:
     def hand_over(self, line: str) -> bool:
         """Give it its job; False when it is gone."""
         if self.child.poll() is not None or self.child.stdin is None:
+            _close_input(self.child)
             return False
         try:
             self.child.stdin.write(line.encode())
             self.child.stdin.flush()
         except BrokenPipeError:
             return False
-        _close_input(self.child)
+        finally:
+            _close_input(self.child)
         return True
 
 
@@ -98,6 +102,8 @@ class LocalLauncher:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._standby: deque[_Standby] = deque()
         self._num_standby_started = 0
+        self._num_standby_deaths = 0
+        self._warm_up_at = 0.0
         command.log_dir.mkdir(parents=True, exist_ok=True)
 
     def start(self, job_id: str, token: str, number: int) -> dict[str, str]:
@@ -142,8 +148,8 @@ class LocalLauncher:
     def warm_up(self) -> None:
         """Start workers until the wanted number waits."""
         self._children = {pid: child for pid, child in self._children.items() if child.poll() is None}
-        self._standby = deque(waiting for waiting in self._standby if waiting.child.poll() is None)
-        while len(self._standby) < self._command.num_standby:
+        self._drop_dead_standby()
+        while len(self._standby) < self._command.num_standby and time.monotonic() >= self._warm_up_at:
             self._num_standby_started += 1
             log = self._command.log_dir / f"standby.{os.getpid()}.{self._num_standby_started}.log"
             child = self._spawn(["--standby"], log, {}, stdin=subprocess.PIPE)
@@ -160,12 +166,22 @@ class LocalLauncher:
         self._standby.clear()
         self._children.clear()
 
+    def _drop_dead_standby(self) -> None:
+        """Forget waiting workers that died; one that cannot even start must not be started again and again."""
+        for waiting in [item for item in self._standby if item.child.poll() is not None]:
+            self._standby.remove(waiting)
+            _close_input(waiting.child)
+            self._num_standby_deaths += 1
+            self._warm_up_at = time.monotonic() + min(2.0**self._num_standby_deaths, _LONGEST_PAUSE_SECONDS)
+            logger.warning("a worker died while it waited for a job", extra={"log": str(waiting.log)})
+
     def _take_standby(self, job_id: str, token: str, log: Path) -> subprocess.Popen[bytes] | None:
         while self._standby:
             waiting = self._standby.popleft()
             if waiting.hand_over(f"{job_id} {token}\n"):
                 # The worker goes on writing to its open file under the new name.
                 waiting.log.replace(log)
+                self._num_standby_deaths = 0
                 return waiting.child
         return None
 

@@ -4,7 +4,6 @@ All that it needs to go on after a restart is in the database; what is kept here
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -87,9 +86,9 @@ class Reconciler:
         self.is_stopping = True
         if self._loop is None:
             return
-        self._loop.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._loop
+        # Not cancelled: a worker that a thread is starting right now has to be noted, so that it is stopped too.
+        self._database.changes.announce_any()
+        await self._loop
         for task in list(self._preparations.values()):
             task.cancel()
         await asyncio.gather(*self._preparations.values(), return_exceptions=True)
@@ -97,7 +96,7 @@ class Reconciler:
         await asyncio.to_thread(self._launcher.close)
 
     async def _run(self) -> None:
-        while True:
+        while not self.is_stopping:
             signal = self._database.changes.any_signal()
             try:
                 await self._drive_all()
@@ -113,6 +112,8 @@ class Reconciler:
         for job_id in self._preparations.keys() - {job.job_id for job in jobs if job.state == PREPARING}:
             self._preparations[job_id].cancel()
         for job in jobs:
+            if self.is_stopping:
+                return
             if job.state == QUEUED and len(at_work) < self._limits.max_concurrent_jobs:
                 at_work.add(job.job_id)
                 await self._database.run(lambda session, job_id=job.job_id: begin_preparation(session, job_id))  # type: ignore[misc]  # mypy cannot infer a lambda with a default

@@ -1,6 +1,7 @@
 """The migrations, on a real database file."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,15 @@ async def test_commit_wakes_who_waits_for_it(database: Database) -> None:
 
 async def test_cancelled_caller_still_wakes_who_waits(database: Database) -> None:
     waiting = database.changes.signal("cats")
-    task = asyncio.create_task(database.run(add_row))
-    await asyncio.sleep(0)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work(session: Session) -> None:
+        begun.set()
+        may_end.wait(10)
+        add_row(session)
+
+    task = asyncio.create_task(database.run(work))
+    await asyncio.to_thread(begun.wait, 10)
     task.cancel()
+    may_end.set()
     assert await wait_for(waiting, 5)

@@ -78,13 +78,26 @@ def test_log_that_is_gone_is_told_and_no_error(make_launcher: MakeLauncher) -> N
     assert "cannot be read" in make_launcher().last_lines({"pid": "1", "log": "/nowhere/worker.log"})[0]
 
 
-async def test_waiting_worker_that_died_is_replaced_by_a_fresh_one(make_launcher: MakeLauncher) -> None:
+@pytest.fixture
+async def dead_standby(make_launcher: MakeLauncher) -> LocalLauncher:
+    """A launcher whose waiting worker has died: the idle stand-in ends at once without a secret."""
     launcher = make_launcher(num_standby=1)
-    # The idle stand-in for a worker cannot wait for a job: without a secret it ends at once.
+    before = set(psutil.Process().children())
     launcher.warm_up()
-    process = launcher.start("job-3", "secret", 1)
-    await until(lambda: "token secret" in launcher.last_lines(process) or not launcher.is_alive(process))
-    launcher.kill(process)
-    again = launcher.start("job-3", "secret", 2)
-    assert again["log"].endswith("job-3.2.log")
-    launcher.kill(again)
+    (standby,) = set(psutil.Process().children()) - before
+    await until(lambda: standby.status() == psutil.STATUS_ZOMBIE)
+    return launcher
+
+
+async def test_waiting_worker_that_died_is_replaced_by_a_fresh_one(dead_standby: LocalLauncher) -> None:
+    process = dead_standby.start("job-3", "secret", 1)
+    await until(lambda: dead_standby.last_lines(process) == ["token secret"])
+    dead_standby.kill(process)
+
+
+async def test_waiting_workers_that_die_are_not_started_without_pause(
+    dead_standby: LocalLauncher, tmp_path: Path
+) -> None:
+    for _ in range(20):
+        dead_standby.warm_up()
+    assert len(list((tmp_path / "logs").glob("standby.*"))) == 1
