@@ -49,7 +49,7 @@ def service_environment(
         **MALLOC_ENVIRONMENT,
         # One thread in each service: with two, tensor copies spin and cost 2-6 times the CPU.
         "OMP_NUM_THREADS": "1",
-        # Threads that wait for one another must sleep: spinning, on cores that others use, made a step 3-20 times slower.
+        # Threads that wait for one another must sleep: spinning on shared cores made a step 3-20 times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
