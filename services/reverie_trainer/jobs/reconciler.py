@@ -247,18 +247,18 @@ class Reconciler:
 
     async def _stop_workers(self) -> None:
         """Tell every worker to save and exit, wait for it, kill what stays."""
+        jobs = await self._database.run(active_jobs)
+        processes = [job.worker_process for job in jobs if job.worker_process is not None]
+        processes += (await self._database.run(lingering_workers)).values()
+        for process in processes:
+            await asyncio.to_thread(self._launcher.stop, process)
         deadline = time.monotonic() + self._limits.stop_seconds
-        jobs = [job for job in await self._database.run(active_jobs) if job.worker_process is not None]
-        for job in jobs:
-            await asyncio.to_thread(self._launcher.stop, job.worker_process or {})
-        while jobs:
-            jobs = [job for job in jobs if self._launcher.is_alive(job.worker_process or {})]
-            if time.monotonic() > deadline:
-                for job in jobs:
-                    logger.warning("worker did not stop in time and is killed", extra={"job_id": job.job_id})
-                    self._launcher.kill(job.worker_process or {})
-                return
+        while processes and time.monotonic() < deadline:
+            processes = [process for process in processes if self._launcher.is_alive(process)]
             await asyncio.sleep(0.05)
+        for process in processes:
+            logger.warning("worker did not stop in time and is killed", extra={"worker_pid": process.get("pid", "")})
+            self._launcher.kill(process)
 
 
 def _note_progress(session: Session, job_id: str, progress: job_pb2.PreparationProgress) -> None:
