@@ -15,8 +15,8 @@ from reverie_client.specs import load_job_spec
 from reverie_client.stack import SERVICES, Stack, StackOptions
 from reverie_client.stack.processes import processes_of_stack
 
-NUM_PICTURES = 16
-CAPTIONS_PER_PICTURE = 2
+NUM_PICTURES = 12
+CAPTIONS_PER_PICTURE = 1
 SIZES = ((160, 128), (128, 128), (128, 160))
 
 JOB = """
@@ -26,7 +26,7 @@ datasets: [{dataset: DATASET, resolution: 128}]
 adapter: {lokr: {factor: 4, apply_preset: {target_module: [Attention]}}}
 optimization:
   max_steps: STEPS
-  gradient_accumulation_steps: 4
+  gradient_accumulation_steps: 2
   learning_rate: 1e-3
 checkpoints: {every_steps: 3, keep: 2}
 """
