@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +28,7 @@ def measure() -> Iterator[Figure]:
             resize_width=edge, resize_height=1024, crop_left=(edge - 1024) // 2, crop_top=0, width=1024, height=1024
         )
         ours, pillow = interleaved(
-            [
-                lambda body=body, plan=plan: read_pixels(body, plan),
-                lambda b=body, p=plan: read_pixels_with_pillow(b, p),
-            ],
+            [partial(read_pixels, body, plan), partial(read_pixels_with_pillow, body, plan)],
             rounds=ROUNDS,
         )
         yield Figure(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -45,11 +47,15 @@ def _measure(server: Seaweed) -> Iterator[Figure]:
             bare.put_object(server.bucket, key, io.BytesIO(body), len(body), part_size=max(len(body), 5 * MIB))
 
         yield _ratio(f"store PUT {size_mib} MiB, rate against bare minio", put_ours, put_bare)
-        ours.create(f"bench/get/{size_mib}", body)
+        key = f"bench/get/{size_mib}"
+        ours.create(key, body)
+        digest = hashlib.sha256(body).hexdigest()
+        get_bare = partial(_get_bare, bare, server.bucket, key)
+        yield _ratio(f"store GET {size_mib} MiB, rate against bare minio", partial(ours.get, key), get_bare)
         yield _ratio(
-            f"store GET {size_mib} MiB, rate against bare minio",
-            lambda size=size_mib: ours.get(f"bench/get/{size}"),
-            lambda size=size_mib: _get_bare(bare, server.bucket, f"bench/get/{size}"),
+            f"store GET {size_mib} MiB with its digest checked, against bare minio and sha256",
+            partial(ours.get, key, sha256=digest),
+            lambda get=get_bare: hashlib.sha256(get()).hexdigest(),  # type: ignore[misc]  # mypy cannot type defaults
         )
 
 

@@ -124,7 +124,9 @@ class TrainerLink:
 
     async def _pause(self) -> None:
         try:
-            await asyncio.wait_for(self._is_closing.wait(), self._timing.interval_seconds)
+            # wait_for would swallow a cancellation that arrives with the event (Python 3.11).
+            async with asyncio.timeout(self._timing.interval_seconds):
+                await self._is_closing.wait()
         except TimeoutError:
             return
 
