@@ -13,9 +13,10 @@ help: ## List the targets.
 install: $(INSTALLED) ## Create .venv and install Reverie with every service and development tool (CPU torch).
 
 $(INSTALLED): pyproject.toml constraints/cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --prefer-binary -c constraints/cpu.txt -c constraints/lock.txt -e '.[dev]'
-	touch $@
+	@echo "Installing Reverie and its tools into $(VENV): one to three minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --prefer-binary -c constraints/cpu.txt -c constraints/lock.txt -e '.[dev]'
+	@touch $@
 
 protos: $(INSTALLED) ## Generate protos/gen from protos/reverie.
 	$(BIN)/python protos/generate.py

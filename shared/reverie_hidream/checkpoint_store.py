@@ -135,7 +135,7 @@ def _read_manifest(store: ObjectStore, prefix: str) -> bytes:
     except ObjectNotFoundError as error:
         raise NotFoundError(
             f"there is no checkpoint at {store.uri(prefix)}: no {_manifest_key(prefix)} there; upload one with "
-            "reverie_hidream.checkpoint_store.upload_checkpoint",
+            "`python -m reverie_hidream.upload --directory DIR --prefix PREFIX`",
             reason="CHECKPOINT_NOT_FOUND",
             metadata={"checkpoint": store.uri(prefix)},
         ) from error

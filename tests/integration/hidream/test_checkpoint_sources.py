@@ -88,3 +88,17 @@ def test_an_unreachable_hub_is_named_with_the_remedy(tmp_path: Path) -> None:
     refusal = resolve("org/tiny", "http://127.0.0.1:9", tmp_path)
     assert (refusal["class"], refusal["reason"]) == ("UnavailableError", "HUB_UNAVAILABLE")
     assert "HF_ENDPOINT" in refusal["message"]
+
+
+def test_the_upload_command_feeds_an_s3_location(
+    tiny_checkpoint: Path, s3_store: S3Store, store_environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "reverie_hidream.upload", "--directory", str(tiny_checkpoint), "--prefix", "tiny"]
+    done = subprocess.run(
+        command, env={**os.environ, **store_environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = resolve_checkpoint(f"s3://{s3_store.bucket}/tiny", store=s3_store, cache_dir=tmp_path)
+    assert (found / "transformer" / "config.json").read_bytes() == (
+        tiny_checkpoint / "transformer" / "config.json"
+    ).read_bytes()
