@@ -2,16 +2,37 @@
 
 import hashlib
 import logging
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from reverie_common.ports import free_ports
 from reverie_common.storage import MemoryStore, S3Store
 from reverie_common.storage.seaweed import Seaweed
 
 HIDREAM_SOURCES = Path(__file__).parents[1] / "shared" / "reverie_hidream"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the run when a process that a test started outlives all tests; set up first, so torn down last."""
+    base = str(tmp_path_factory.getbasetemp())
+    yield
+    left = [found for process in psutil.process_iter() if (found := _if_below(process, base))]
+    assert not left, f"tests left processes behind: {left}"
+
+
+def _if_below(process: psutil.Process, directory: str) -> str | None:
+    """Return the command line of a process that names `directory` in its arguments or environment."""
+    try:
+        words = [*process.cmdline(), *process.environ().values()]
+        is_ours = process.pid != os.getpid() and any(directory in word for word in words)
+        return " ".join(process.cmdline()) if is_ours else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return None
 
 
 @pytest.fixture(scope="session")
