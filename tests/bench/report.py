@@ -41,13 +41,17 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def interleaved(contenders: Sequence[Callable[[], object]], *, rounds: int, warm_up: int = 2) -> list[list[float]]:
-    """Seconds of each contender in each round, taken in turn so that a machine that drifts hits all alike."""
+    """Seconds of each contender in each round, taken in turn so that a machine that drifts hits all alike.
+
+    Every second round goes backwards: whoever comes first finds other caches, and a store that is still busy.
+    """
     for _ in range(warm_up):
         for contender in contenders:
             contender()
     taken: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
-        for times, contender in zip(taken, contenders, strict=True):
+    for number in range(rounds):
+        turn = list(zip(taken, contenders, strict=True))
+        for times, contender in reversed(turn) if number % 2 else turn:
             times.append(seconds_of(contender))
     return taken
 
