@@ -33,9 +33,9 @@ check: $(INSTALLED) ## Lint, types, import rules, protos.
 	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python protos/generate.py --check
 
-# Two at a time: much of the suite waits for processes to start and stop.
+# Two files at a time, the long ones first: much of the suite waits for processes to start and stop.
 test: check ## Every check and every test.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED) ## Ratios against the peer or the physical limit, measured in one run.
 	$(BIN)/python -m tests.bench
