@@ -1,21 +1,49 @@
 """Ports to listen on: choosing free ones, and refusing taken ones with a clear error."""
 
+import random
+import random
 import socket
-from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
 
 from reverie_common.errors import FailedPreconditionError
 
 LOOPBACK = "127.0.0.1"
+FIRST_PORT = 10_240
+EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+MIN_CHOICE = 1_000
+MAX_TRIES_PER_PORT = 100
+
+
+# Below the range from which Linux takes the local ports of outgoing connections (32768 and up): a port chosen there may
+# be somebody's connection before its server listens on it.
+CHOSEN_PORTS = range(20_000, 32_000)
 
 
 def free_ports(count: int, *, first: int = 0) -> list[int]:
-    """Choose free loopback ports, all different; the first one is `first` if that is not 0."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count - bool(first))]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        ports = [int(each.getsockname()[1]) for each in sockets]
+    """Choose free loopback ports, all different; the first one is `first` if that is not 0.
+
+    Chosen at random, so that two processes which choose at the same moment hardly ever meet.
+    """
+    wanted = count - bool(first)
+    candidates = random.SystemRandom().sample(CHOSEN_PORTS, len(CHOSEN_PORTS))
+    ports = list(islice((port for port in candidates if port != first and _is_free(port)), wanted))
+    if len(ports) < wanted:
+        raise FailedPreconditionError(
+            f"only {len(ports)} of {wanted} ports are free between {CHOSEN_PORTS.start} and {CHOSEN_PORTS.stop}: stop "
+            "what listens there, or name the ports yourself",
+            reason="NO_FREE_PORT",
+        )
     return [first, *ports] if first else ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
 
 
 def require_free_port(host: str, port: int, flag: str) -> None:
