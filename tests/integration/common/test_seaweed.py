@@ -31,6 +31,11 @@ def test_no_two_ports_are_the_same() -> None:
     assert len(set(ports)) == 10
 
 
+def test_no_port_is_one_that_outgoing_connections_get() -> None:
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(1024 < port < first_ephemeral for port in free_ports(50))
+
+
 def test_starting_twice_is_starting_once(seaweed: Seaweed) -> None:
     process = seaweed.process
     seaweed.start()
