@@ -1,19 +1,12 @@
 """Ports to listen on: choosing free ones, and refusing taken ones with a clear error."""
 
 import random
-import random
 import socket
 from itertools import islice
-from pathlib import Path
 
 from reverie_common.errors import FailedPreconditionError
 
 LOOPBACK = "127.0.0.1"
-FIRST_PORT = 10_240
-EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-MIN_CHOICE = 1_000
-MAX_TRIES_PER_PORT = 100
-
 
 # Below the range from which Linux takes the local ports of outgoing connections (32768 and up): a port chosen there may
 # be somebody's connection before its server listens on it.
