@@ -350,10 +350,18 @@ def stop_recorded(
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
-    """Return the last lines of a log."""
+    """Return the last lines of a log, JSON records as their level and message."""
     if not path.exists():
         return "(no log)"
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(_readable(line) for line in path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _readable(line: str) -> str:
+    try:
+        record = json.loads(line)
+        return f"{record['level']}: {record['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line
 
 
 def _identity(process: subprocess.Popen[bytes]) -> ProcessIdentity | None:
