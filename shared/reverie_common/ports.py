@@ -1,8 +1,8 @@
 """Ports to listen on: choosing free ones, and refusing taken ones with a clear error."""
 
-import random
+import os
 import socket
-from itertools import islice
+from itertools import count, islice
 
 from reverie_common.errors import FailedPreconditionError
 
@@ -10,16 +10,22 @@ LOOPBACK = "127.0.0.1"
 
 # Below the range from which Linux takes the local ports of outgoing connections (32768 and up): a port chosen there may
 # be somebody's connection before its server listens on it.
-CHOSEN_PORTS = range(20_000, 32_000)
+CHOSEN_PORTS = range(12_000, 32_000)
+
+# A process never chooses a port twice in a row: what it chose before may not be listened on yet. Where it begins depends
+# on its number, so that processes which choose at the same moment do not meet.
+_turns = count(os.getpid() * 101)
 
 
-def free_ports(count: int, *, first: int = 0) -> list[int]:
+def free_ports(number: int, *, first: int = 0) -> list[int]:
     """Choose free loopback ports, all different; the first one is `first` if that is not 0.
 
-    Chosen at random, so that two processes which choose at the same moment hardly ever meet.
+    Raises:
+        FailedPreconditionError: there are not as many.
     """
-    wanted = count - bool(first)
-    candidates = random.SystemRandom().sample(CHOSEN_PORTS, len(CHOSEN_PORTS))
+    wanted = number - bool(first)
+    turns = islice(_turns, len(CHOSEN_PORTS))
+    candidates = (CHOSEN_PORTS[turn % len(CHOSEN_PORTS)] for turn in turns)
     ports = list(islice((port for port in candidates if port != first and _is_free(port)), wanted))
     if len(ports) < wanted:
         raise FailedPreconditionError(

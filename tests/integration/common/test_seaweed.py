@@ -129,3 +129,8 @@ def test_weed_is_found_on_the_path(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     assert find_weed(python=tmp_path / "bin" / "python", search_path=str(tmp_path)) == program
+
+
+def test_no_port_is_chosen_again_before_it_is_used() -> None:
+    chosen = [port for _ in range(20) for port in free_ports(10)]
+    assert len(set(chosen)) == len(chosen)
