@@ -12,7 +12,7 @@ LOOPBACK = "127.0.0.1"
 # be somebody's connection before its server listens on it.
 CHOSEN_PORTS = range(12_000, 32_000)
 
-# A process never chooses a port twice in a row: what it chose before may not be listened on yet. Where it begins depends
+# A process does not choose a port again: what it chose before may not be listened on yet. Where it begins depends
 # on its number, so that processes which choose at the same moment do not meet.
 _turns = count(os.getpid() * 101)
 
