@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from reverie_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
-from reverie_common.storage.seaweed import LOOPBACK, Seaweed, free_ports, require_free_port
+from reverie_common.ports import LOOPBACK, free_ports, require_free_port
+from reverie_common.storage.seaweed import Seaweed
 
 from reverie_client.stack.checkpoints import ensure_tiny
 from reverie_client.stack.commands import service_command, service_environment

@@ -19,9 +19,6 @@ from reverie_common.ports import LOOPBACK, free_ports, require_free_port
 from reverie_common.storage.s3 import S3Store
 from reverie_common.storage.store import ObjectStore
 
-# Whoever starts this server also chooses and checks ports.
-__all__ = ["LOOPBACK", "Seaweed", "find_weed", "free_ports", "require_free_port", "weed_flags"]
-
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_SECONDS = 60.0
