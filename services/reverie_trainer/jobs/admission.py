@@ -9,10 +9,10 @@ from reverie_common.errors import FieldViolation, InvalidArgumentError
 
 from reverie_trainer.jobs.adapter_selection import AdapterSelection, TransformerConfig, select_adapter
 from reverie_trainer.jobs.buckets import EMPTY_REMEDY, Bucket, describe_empty, minimum_repeats
+from reverie_trainer.jobs.checks import check_spec, picture_size
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.manifests import Manifest
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter
-from reverie_trainer.jobs.spec_checks import check_spec, picture_size
 
 _MAX_NAMED_SAMPLES = 5
 
@@ -50,7 +50,7 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
     known = await datasets.names() if len(versions) < len({item.dataset for item in spec.datasets}) else []
     violations += _check_datasets(spec, manifests, known)
     selection = None
-    if spec.adapter is not None and not any(item.field.startswith("adapter") for item in violations):
+    if isinstance(spec.adapter, LokrAdapter) and not any(item.field.startswith("adapter") for item in violations):
         selection = select_adapter(config, spec.adapter)
         violations += _check_selection(selection, spec.adapter)
     violations += _check_pictures(spec, config)

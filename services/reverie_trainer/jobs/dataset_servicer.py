@@ -13,12 +13,12 @@ from reverie_common.errors import FieldViolation
 from reverie_common.storage import ObjectStore
 from reverie_common.storage.keys import image_key
 
+from reverie_trainer.jobs.checks import check_dataset_name
 from reverie_trainer.jobs.datasets import Datasets, check_files, check_samples, refuse, sample_from_proto
 from reverie_trainer.jobs.inspection import ImageInspector, scan
 from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.paging import read_page, write_token
 from reverie_trainer.jobs.requests import check_request_id
-from reverie_trainer.jobs.spec_checks import check_dataset_name
 
 UPLOAD_EXPIRES = timedelta(hours=1)
 

@@ -21,12 +21,12 @@ from reverie_common.storage.keys import dataset_manifest_key, image_key
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from reverie_trainer.jobs.checks import MAX_PROMPT_CHARACTERS
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.manifests import Manifest, Sample, delete_contents, manifest_body, parse_manifest
 from reverie_trainer.jobs.models import DatasetRow, JobRow
 from reverie_trainer.jobs.records import ACTIVE_STATES, CANCELLED, FAILED
 from reverie_trainer.jobs.requests import find_repetition, remember
-from reverie_trainer.jobs.spec_checks import MAX_PROMPT_CHARACTERS
 
 MAX_SAMPLES = 200_000
 MAX_CAPTIONS = 100

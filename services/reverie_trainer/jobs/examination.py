@@ -100,7 +100,7 @@ class Examiner:
         if buckets is not None:
             return sum(bucket.num_images * bucket.width * bucket.height for bucket in buckets)
         return sum(
-            len(admission.manifests[choice.dataset].samples) * min(choice.resolution**2, self._config.max_pixels)
+            len(admission.manifests[choice.dataset].samples) * min(int(choice.resolution**2), self._config.max_pixels)
             for choice in admission.spec.datasets
         )
 

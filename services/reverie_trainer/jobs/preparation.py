@@ -312,7 +312,7 @@ class _Preparation:
 def geometry_of(choice: DatasetChoice, max_pixels: int, seed: int) -> Geometry:
     """Return how a dataset's images are brought to size on a canvas of `max_pixels`."""
     return Geometry(
-        resolution=choice.resolution,
+        resolution=int(choice.resolution),
         resolution_type=choice.resolution_type,
         crop=choice.crop,
         crop_style=choice.crop_style,

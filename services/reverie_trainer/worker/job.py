@@ -34,7 +34,7 @@ class LeasedJob:
         Raises:
             InvalidArgumentError: the job names none.
         """
-        if self.spec.adapter is None:
+        if not isinstance(self.spec.adapter, LokrAdapter):
             raise InvalidArgumentError("adapter is missing; give adapter.lokr", reason="ADAPTER_MISSING")
         return self.spec.adapter
 

@@ -4,6 +4,8 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ def test_a_number_that_belongs_to_another_process_now_is_not_ours(state: StateDi
 def test_processes_of_a_stack_are_found_and_ended_also_in_other_sessions(tmp_path: Path) -> None:
     child = subprocess.Popen(SLEEPER, env={**os.environ, STACK_VARIABLE: str(tmp_path)}, start_new_session=True)
     try:
-        found = processes_of_stack(tmp_path)
+        found = wait_for_processes(tmp_path)
         assert [process.pid for process in found] == [child.pid]
         assert found[0].memory_bytes > 0
         assert processes_of_stack(tmp_path / "other") == []
@@ -90,6 +92,14 @@ def test_processes_of_a_stack_are_found_and_ended_also_in_other_sessions(tmp_pat
     finally:
         child.kill()
         child.wait()
+
+
+def wait_for_processes(directory: Path) -> Sequence[ProcessIdentity]:
+    """A process that was just started has no environment to be read for a moment, until the kernel has laid it out."""
+    deadline = time.monotonic() + 10
+    while not (found := processes_of_stack(directory)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
 
 
 def test_a_zombie_is_not_alive() -> None:

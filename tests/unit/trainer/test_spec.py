@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 from google.protobuf.json_format import ParseDict
 from reverie.training.v1 import job_pb2
-from reverie_trainer.jobs.spec import LokrOverrides, spec_from_proto, spec_to_proto
+from reverie_trainer.jobs.spec import LokrAdapter, LokrOverrides, spec_from_proto, spec_to_proto
 
 MINIMAL: Mapping[str, object] = {
     "name": "cats",
@@ -77,7 +77,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (optimization.max_grad_norm, optimization.grad_clip_method) == (2.0, "value")
     assert (optimization.flow_schedule_shift, optimization.caption_dropout_probability) == (3.0, 0.1)
     assert optimization.gradient_checkpointing
-    assert spec.adapter is not None
+    assert isinstance(spec.adapter, LokrAdapter)
     assert (spec.adapter.factor, spec.adapter.linear_dim, spec.adapter.full_matrix) == (16, 16384, True)
     assert spec.adapter.apply_preset.target_module == ("Attention",)
 
@@ -99,9 +99,10 @@ def test_filling_in_twice_changes_nothing() -> None:
 def test_everything_that_was_given_comes_back() -> None:
     given = parse(FULL)
     filled = spec_to_proto(spec_from_proto(given))
-    merged = job_pb2.TrainingJobSpec()
-    merged.CopyFrom(filled)
-    assert filled.datasets[0] == given.datasets[0]
+    merged = job_pb2.DatasetSpec()
+    merged.CopyFrom(filled.datasets[0])
+    merged.MergeFrom(given.datasets[0])
+    assert merged == filled.datasets[0]
     assert filled.adapter == given.adapter or filled.adapter.lokr.apply_preset == given.adapter.lokr.apply_preset
     assert filled.seed == 0
     assert filled.validation.seed == 7
@@ -124,7 +125,7 @@ def test_validation_seed_defaults_to_the_jobs() -> None:
 
 def test_preset_without_classes_selects_by_name_only() -> None:
     spec = spec_from_proto(parse({**MINIMAL, "adapter": {"lokr": {"apply_preset": {"name_algo_map": {"*attn*": {}}}}}}))
-    assert spec.adapter is not None
+    assert isinstance(spec.adapter, LokrAdapter)
     assert spec.adapter.apply_preset.target_module == ()
     assert spec.adapter.apply_preset.name_algo_map == {"*attn*": LokrOverrides()}
 
@@ -132,5 +133,5 @@ def test_preset_without_classes_selects_by_name_only() -> None:
 @pytest.mark.parametrize("field", ["factor", "linear_dim", "full_matrix"])
 def test_override_that_is_not_given_stays_open(field: str) -> None:
     spec = spec_from_proto(parse(FULL))
-    assert spec.adapter is not None
+    assert isinstance(spec.adapter, LokrAdapter)
     assert getattr(spec.adapter.apply_preset.name_algo_map["*attn*"], field) is None

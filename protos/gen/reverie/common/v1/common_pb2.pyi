@@ -64,6 +64,7 @@ class TensorRef(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """Where the object is: `s3://<bucket>/<key>`."""
     name: _builtins.str
@@ -74,6 +75,8 @@ class TensorRef(_message.Message):
     """Size of the stored object in bytes, after compression."""
     sha256: _builtins.str
     """Lower-case hex sha256 of the stored object. Readers verify it."""
+    encoding: _builtins.str
+    """How the values are stored: empty or `exact` as they are, `int8-groups-32` as int8 with a scale for each 32 values."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape, outermost dimension first."""
@@ -87,10 +90,11 @@ class TensorRef(_message.Message):
         shape: _abc.Iterable[_builtins.int] | None = ...,
         size_bytes: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        encoding: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "encoding", b"encoding", "name", b"name", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,11 @@ class EncodePromptsRequest(_message.Message):
 
     PROMPTS_FIELD_NUMBER: _builtins.int
     ENCODERS_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    storage: _builtins.str
+    """How the results are kept: `exact`, `compact` (int8 by token in groups of 32) or `on_demand` (exact, among a bounded
+    number of objects of which the oldest are deleted). Default `exact`.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 1024 prompts of at most 8192 characters each. The empty prompt is allowed."""
@@ -73,10 +78,11 @@ class EncodePromptsRequest(_message.Message):
         *,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         encoders: _abc.Iterable[Global___Encoder.ValueType] | None = ...,
+        storage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoders", b"encoders", "prompts", b"prompts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoders", b"encoders", "prompts", b"prompts", "storage", b"storage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -121,6 +127,7 @@ class Embedding(_message.Message):
     CACHED_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     DROPPED_TEXT_FIELD_NUMBER: _builtins.int
+    RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     encoder: Global___Encoder.ValueType
     """Which encoder."""
     cached: _builtins.bool
@@ -129,6 +136,8 @@ class Embedding(_message.Message):
     """Number of tokens of the whole prompt, special tokens included, before any cut."""
     dropped_text: _builtins.str
     """The end of the prompt that did not fit into the encoder's max_length; empty when all of it fitted."""
+    relative_error: _builtins.float
+    """Relative error of the stored values, norm of the difference over norm; 0 where they are exact."""
     @_builtins.property
     def tensor(self) -> _common_pb2.TensorRef:
         """The tensor: shapes as in Encoder, bfloat16 (float32 where the service computes in float32)."""
@@ -141,10 +150,11 @@ class Embedding(_message.Message):
         cached: _builtins.bool = ...,
         num_tokens: _builtins.int = ...,
         dropped_text: _builtins.str = ...,
+        relative_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "dropped_text", b"dropped_text", "encoder", b"encoder", "num_tokens", b"num_tokens", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "dropped_text", b"dropped_text", "encoder", b"encoder", "num_tokens", b"num_tokens", "relative_error", b"relative_error", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,11 @@ class SampleRequest(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     ADAPTER_STRENGTH_FIELD_NUMBER: _builtins.int
+    PREVIEW_STEPS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    CLIP_SCORE_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt; at most 8192 characters, of which the first 128 tokens count."""
     negative_prompt: _builtins.str
@@ -56,6 +61,16 @@ class SampleRequest(_message.Message):
     """Shift of the sigma schedule; default is that of the checkpoint's scheduler."""
     adapter_strength: _builtins.float
     """Strength of the adapter. Default 1.0."""
+    preview_steps: _builtins.int
+    """Stream a preview after the first and every so many steps; 0 streams none. Default 0."""
+    guidance_rescale: _builtins.float
+    """Bring the guided prediction's spread back to the conditional one's by this share, 0 to 1. Default 0."""
+    scheduler: _builtins.str
+    """Sampling method: `unipc`, `euler` or `flash`. Default: the checkpoint's."""
+    clip_score: _builtins.bool
+    """Score the pictures against the prompt by CLIP. Needs a sampler that was started with a CLIP model."""
+    compile: _builtins.bool
+    """Draw with the compiled transformer; the first picture of a size takes longer."""
     @_builtins.property
     def adapter(self) -> _common_pb2.ObjectRef:
         """The adapter to draw with; none draws with the base model."""
@@ -74,10 +89,15 @@ class SampleRequest(_message.Message):
         shift: _builtins.float | None = ...,
         adapter: _common_pb2.ObjectRef | None = ...,
         adapter_strength: _builtins.float | None = ...,
+        preview_steps: _builtins.int = ...,
+        guidance_rescale: _builtins.float = ...,
+        scheduler: _builtins.str | None = ...,
+        clip_score: _builtins.bool = ...,
+        compile: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_shift", b"_shift", "adapter", b"adapter", "adapter_strength", b"adapter_strength", "guidance_scale", b"guidance_scale", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "shift", b"shift"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_shift", b"_shift", "adapter", b"adapter", "adapter_strength", b"adapter_strength", "guidance_scale", b"guidance_scale", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "scheduler", b"scheduler", "shift", b"shift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_shift", b"_shift", "adapter", b"adapter", "adapter_strength", b"adapter_strength", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "seed", b"seed", "shift", b"shift", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_shift", b"_shift", "adapter", b"adapter", "adapter_strength", b"adapter_strength", "clip_score", b"clip_score", "compile", b"compile", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_steps", b"preview_steps", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "shift", b"shift", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_strength: _TypeAlias = _typing.Literal["adapter_strength"]  # noqa: Y015
     _WhichOneofArgType__adapter_strength: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength"]  # noqa: Y015
@@ -87,6 +107,8 @@ class SampleRequest(_message.Message):
     _WhichOneofArgType__num_images: _TypeAlias = _typing.Literal["_num_images", b"_num_images"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
     _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
     @_typing.overload
@@ -97,6 +119,8 @@ class SampleRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_images) -> _WhichOneofReturnType__num_images | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
 
@@ -110,6 +134,7 @@ class SampleResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___SamplingProgress:
         """A sampling step was done."""
@@ -118,17 +143,22 @@ class SampleResponse(_message.Message):
     def image(self) -> Global___SampledImage:
         """A picture is ready."""
 
+    @_builtins.property
+    def preview(self) -> Global___SamplingPreview:
+        """A picture on its way."""
+
     def __init__(
         self,
         *,
         progress: Global___SamplingProgress | None = ...,
         image: Global___SampledImage | None = ...,
+        preview: Global___SamplingPreview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["progress", "image"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["progress", "image", "preview"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -161,6 +191,50 @@ class SamplingProgress(_message.Message):
 Global___SamplingProgress: _TypeAlias = SamplingProgress  # noqa: Y015
 
 @_typing.final
+class SamplingPreview(_message.Message):
+    """A picture before its last step, through the tiny decoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    TIMESTEP_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_FIELD_NUMBER: _builtins.int
+    image_index: _builtins.int
+    """Index of the picture in the request, from 0."""
+    step: _builtins.int
+    """Steps done, from 1."""
+    num_steps: _builtins.int
+    """Steps in all."""
+    timestep: _builtins.float
+    """Timestep that the sampler was at, 0 to 1000."""
+    download_url: _builtins.str
+    """Where to download it from without credentials; valid for one hour."""
+    @_builtins.property
+    def image(self) -> _common_pb2.ObjectRef:
+        """The PNG in the store."""
+
+    def __init__(
+        self,
+        *,
+        image_index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        num_steps: _builtins.int = ...,
+        timestep: _builtins.float = ...,
+        image: _common_pb2.ObjectRef | None = ...,
+        download_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_url", b"download_url", "image", b"image", "image_index", b"image_index", "num_steps", b"num_steps", "step", b"step", "timestep", b"timestep"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplingPreview: _TypeAlias = SamplingPreview  # noqa: Y015
+
+@_typing.final
 class SampledImage(_message.Message):
     """One finished picture."""
 
@@ -172,6 +246,7 @@ class SampledImage(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     DOWNLOAD_URL_FIELD_NUMBER: _builtins.int
+    CLIP_SCORE_FIELD_NUMBER: _builtins.int
     image_index: _builtins.int
     """Index of the picture in the request, from 0."""
     width: _builtins.int
@@ -182,6 +257,8 @@ class SampledImage(_message.Message):
     """The seed that drew it."""
     download_url: _builtins.str
     """Where to download it from without credentials; valid for one hour."""
+    clip_score: _builtins.float
+    """100 times the cosine of picture and prompt by CLIP, at least 0; absent where it was not asked for."""
     @_builtins.property
     def image(self) -> _common_pb2.ObjectRef:
         """The PNG in the store."""
@@ -195,12 +272,15 @@ class SampledImage(_message.Message):
         height: _builtins.int = ...,
         seed: _builtins.int = ...,
         download_url: _builtins.str = ...,
+        clip_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score", "clip_score", b"clip_score", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_url", b"download_url", "height", b"height", "image", b"image", "image_index", b"image_index", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score", "clip_score", b"clip_score", "download_url", b"download_url", "height", b"height", "image", b"image", "image_index", b"image_index", "seed", b"seed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__clip_score: _TypeAlias = _typing.Literal["clip_score"]  # noqa: Y015
+    _WhichOneofArgType__clip_score: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_score) -> _WhichOneofReturnType__clip_score | None: ...
 
 Global___SampledImage: _TypeAlias = SampledImage  # noqa: Y015
 
@@ -232,6 +312,8 @@ class DescribeSamplerResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
     ADAPTER_SHA256S_FIELD_NUMBER: _builtins.int
+    CLIP_MODEL_FIELD_NUMBER: _builtins.int
+    HAS_PREVIEWS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Hex sha256 over the transformer's weights and configuration."""
     precision: _builtins.str
@@ -240,6 +322,10 @@ class DescribeSamplerResponse(_message.Message):
     """torch device, for instance `cuda:0` or `cpu`."""
     max_pixels: _builtins.int
     """Largest non-square picture in pixels (width * height)."""
+    clip_model: _builtins.str
+    """Where the CLIP model for scores came from; empty where there is none."""
+    has_previews: _builtins.bool
+    """Whether previews can be drawn: the VAE service holds a tiny decoder."""
     @_builtins.property
     def adapter_sha256s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """sha256 of the adapters held in memory, most recently used first."""
@@ -252,10 +338,12 @@ class DescribeSamplerResponse(_message.Message):
         device: _builtins.str = ...,
         max_pixels: _builtins.int = ...,
         adapter_sha256s: _abc.Iterable[_builtins.str] | None = ...,
+        clip_model: _builtins.str = ...,
+        has_previews: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sha256s", b"adapter_sha256s", "device", b"device", "fingerprint", b"fingerprint", "max_pixels", b"max_pixels", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_sha256s", b"adapter_sha256s", "clip_model", b"clip_model", "device", b"device", "fingerprint", b"fingerprint", "has_previews", b"has_previews", "max_pixels", b"max_pixels", "precision", b"precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

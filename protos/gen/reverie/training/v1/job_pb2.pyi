@@ -11,6 +11,8 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from reverie.common.v1 import common_pb2 as _common_pb2
+from reverie.training.v1 import measures_pb2 as _measures_pb2
+from reverie.training.v1 import outlets_pb2 as _outlets_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -101,10 +103,31 @@ class TrainingJobSpec(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
+    EMA_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    TRACKING_FIELD_NUMBER: _builtins.int
+    PUBLISHING_FIELD_NUMBER: _builtins.int
+    WEBHOOKS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_STORAGE_FIELD_NUMBER: _builtins.int
+    ASPECT_BUCKET_ROUNDING_FIELD_NUMBER: _builtins.int
+    DATASET_SAMPLING_FIELD_NUMBER: _builtins.int
+    ALLOW_DATASET_OVERSUBSCRIPTION_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A name for people, 1 to 63 of [a-z0-9-]; also the title in the adapter's metadata. It need not be unique."""
     seed: _builtins.int
     """Seed of everything random in the job. Default 42."""
+    embedding_storage: _builtins.str
+    """How embeddings are kept: `exact` (bit-exact), `compact` (int8 by token in groups of 32) or `on_demand` (nothing beyond
+    a bounded cache; the encoders are asked ahead of use). Default `exact`.
+    """
+    aspect_bucket_rounding: _builtins.int
+    """Decimals of the aspect that decides which images share a bucket, 1 to 9. Default 2."""
+    dataset_sampling: _builtins.str
+    """How datasets share the steps: `auto` (by probability and size) or `uniform` (by probability alone). Default `auto`."""
+    allow_dataset_oversubscription: _builtins.bool
+    """Fill a bucket that is too small for one optimiser step by showing its images again. Default false."""
     @_builtins.property
     def model(self) -> Global___ModelSpec:
         """The model to train on."""
@@ -133,6 +156,34 @@ class TrainingJobSpec(_message.Message):
     def trigger_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Words that trigger the adapter, written into its metadata."""
 
+    @_builtins.property
+    def ema(self) -> Global___EmaSpec:
+        """A running average of the adapter. Absent: none."""
+
+    @_builtins.property
+    def evaluation(self) -> _measures_pb2.EvaluationSpec:
+        """The loss on images that are never trained on. Absent: none."""
+
+    @_builtins.property
+    def memory(self) -> Global___MemorySpec:
+        """What saves memory at the cost of time."""
+
+    @_builtins.property
+    def tracking(self) -> _outlets_pb2.TrackingSpec:
+        """Where the curves go besides the job's own events."""
+
+    @_builtins.property
+    def publishing(self) -> _outlets_pb2.PublishingSpec:
+        """Where the adapter goes when the job is done. Absent: nowhere."""
+
+    @_builtins.property
+    def webhooks(self) -> _containers.RepeatedCompositeFieldContainer[_outlets_pb2.WebhookSpec]:
+        """Who is told of what happens; at most 8."""
+
+    @_builtins.property
+    def start(self) -> Global___StartSpec:
+        """Begin with what another job has learnt. Absent: from nothing."""
+
     def __init__(
         self,
         *,
@@ -145,13 +196,37 @@ class TrainingJobSpec(_message.Message):
         validation: Global___ValidationSpec | None = ...,
         seed: _builtins.int | None = ...,
         trigger_words: _abc.Iterable[_builtins.str] | None = ...,
+        ema: Global___EmaSpec | None = ...,
+        evaluation: _measures_pb2.EvaluationSpec | None = ...,
+        memory: Global___MemorySpec | None = ...,
+        tracking: _outlets_pb2.TrackingSpec | None = ...,
+        publishing: _outlets_pb2.PublishingSpec | None = ...,
+        webhooks: _abc.Iterable[_outlets_pb2.WebhookSpec] | None = ...,
+        embedding_storage: _builtins.str | None = ...,
+        aspect_bucket_rounding: _builtins.int | None = ...,
+        dataset_sampling: _builtins.str | None = ...,
+        allow_dataset_oversubscription: _builtins.bool = ...,
+        start: Global___StartSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "checkpoints", b"checkpoints", "model", b"model", "optimization", b"optimization", "seed", b"seed", "validation", b"validation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_aspect_bucket_rounding", b"_aspect_bucket_rounding", "_dataset_sampling", b"_dataset_sampling", "_embedding_storage", b"_embedding_storage", "_seed", b"_seed", "adapter", b"adapter", "aspect_bucket_rounding", b"aspect_bucket_rounding", "checkpoints", b"checkpoints", "dataset_sampling", b"dataset_sampling", "ema", b"ema", "embedding_storage", b"embedding_storage", "evaluation", b"evaluation", "memory", b"memory", "model", b"model", "optimization", b"optimization", "publishing", b"publishing", "seed", b"seed", "start", b"start", "tracking", b"tracking", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "checkpoints", b"checkpoints", "datasets", b"datasets", "model", b"model", "name", b"name", "optimization", b"optimization", "seed", b"seed", "trigger_words", b"trigger_words", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aspect_bucket_rounding", b"_aspect_bucket_rounding", "_dataset_sampling", b"_dataset_sampling", "_embedding_storage", b"_embedding_storage", "_seed", b"_seed", "adapter", b"adapter", "allow_dataset_oversubscription", b"allow_dataset_oversubscription", "aspect_bucket_rounding", b"aspect_bucket_rounding", "checkpoints", b"checkpoints", "dataset_sampling", b"dataset_sampling", "datasets", b"datasets", "ema", b"ema", "embedding_storage", b"embedding_storage", "evaluation", b"evaluation", "memory", b"memory", "model", b"model", "name", b"name", "optimization", b"optimization", "publishing", b"publishing", "seed", b"seed", "start", b"start", "tracking", b"tracking", "trigger_words", b"trigger_words", "validation", b"validation", "webhooks", b"webhooks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__aspect_bucket_rounding: _TypeAlias = _typing.Literal["aspect_bucket_rounding"]  # noqa: Y015
+    _WhichOneofArgType__aspect_bucket_rounding: _TypeAlias = _typing.Literal["_aspect_bucket_rounding", b"_aspect_bucket_rounding"]  # noqa: Y015
+    _WhichOneofReturnType__dataset_sampling: _TypeAlias = _typing.Literal["dataset_sampling"]  # noqa: Y015
+    _WhichOneofArgType__dataset_sampling: _TypeAlias = _typing.Literal["_dataset_sampling", b"_dataset_sampling"]  # noqa: Y015
+    _WhichOneofReturnType__embedding_storage: _TypeAlias = _typing.Literal["embedding_storage"]  # noqa: Y015
+    _WhichOneofArgType__embedding_storage: _TypeAlias = _typing.Literal["_embedding_storage", b"_embedding_storage"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__aspect_bucket_rounding) -> _WhichOneofReturnType__aspect_bucket_rounding | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dataset_sampling) -> _WhichOneofReturnType__dataset_sampling | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_storage) -> _WhichOneofReturnType__embedding_storage | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___TrainingJobSpec: _TypeAlias = TrainingJobSpec  # noqa: Y015
@@ -162,27 +237,61 @@ class ModelSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TextEncoderPrecisionEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FLAVOUR_FIELD_NUMBER: _builtins.int
     BASE_PRECISION_FIELD_NUMBER: _builtins.int
     MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    QUANTIZE_VIA_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_PRECISION_FIELD_NUMBER: _builtins.int
     flavour: _builtins.str
     """`full`, `dev` or `fast`. Only a name for the metadata; the weights are those of the services' checkpoint. Default
     `full`.
     """
     base_precision: _builtins.str
-    """How the frozen transformer is held: `no_change` or `int8-quanto`. Default `no_change`."""
+    """How the frozen transformer is held: `no_change`, `int8-quanto` or another name of docs/quantisation.md. Default
+    `no_change`.
+    """
     mixed_precision: _builtins.str
     """Compute dtype: `bf16` or `no` (float32). Default `bf16`."""
+    quantize_via: _builtins.str
+    """Where the transformer is quantised: `accelerator` or `cpu` (block by block, then moved). Default `accelerator`."""
+    @_builtins.property
+    def text_encoder_precision(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The precision that the services' encoders must have, by name (`clip_l`, `clip_g`, `t5`, `llama`). An encoder that is
+        not named may have any.
+        """
+
     def __init__(
         self,
         *,
         flavour: _builtins.str | None = ...,
         base_precision: _builtins.str | None = ...,
         mixed_precision: _builtins.str | None = ...,
+        quantize_via: _builtins.str | None = ...,
+        text_encoder_precision: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_precision", b"_base_precision", "_flavour", b"_flavour", "_mixed_precision", b"_mixed_precision", "base_precision", b"base_precision", "flavour", b"flavour", "mixed_precision", b"mixed_precision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_precision", b"_base_precision", "_flavour", b"_flavour", "_mixed_precision", b"_mixed_precision", "_quantize_via", b"_quantize_via", "base_precision", b"base_precision", "flavour", b"flavour", "mixed_precision", b"mixed_precision", "quantize_via", b"quantize_via"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_precision", b"_base_precision", "_flavour", b"_flavour", "_mixed_precision", b"_mixed_precision", "base_precision", b"base_precision", "flavour", b"flavour", "mixed_precision", b"mixed_precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_precision", b"_base_precision", "_flavour", b"_flavour", "_mixed_precision", b"_mixed_precision", "_quantize_via", b"_quantize_via", "base_precision", b"base_precision", "flavour", b"flavour", "mixed_precision", b"mixed_precision", "quantize_via", b"quantize_via", "text_encoder_precision", b"text_encoder_precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_precision: _TypeAlias = _typing.Literal["base_precision"]  # noqa: Y015
     _WhichOneofArgType__base_precision: _TypeAlias = _typing.Literal["_base_precision", b"_base_precision"]  # noqa: Y015
@@ -190,12 +299,16 @@ class ModelSpec(_message.Message):
     _WhichOneofArgType__flavour: _TypeAlias = _typing.Literal["_flavour", b"_flavour"]  # noqa: Y015
     _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
     _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__quantize_via: _TypeAlias = _typing.Literal["quantize_via"]  # noqa: Y015
+    _WhichOneofArgType__quantize_via: _TypeAlias = _typing.Literal["_quantize_via", b"_quantize_via"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_precision) -> _WhichOneofReturnType__base_precision | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__flavour) -> _WhichOneofReturnType__flavour | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantize_via) -> _WhichOneofReturnType__quantize_via | None: ...
 
 Global___ModelSpec: _TypeAlias = ModelSpec  # noqa: Y015
 
@@ -212,55 +325,213 @@ class DatasetSpec(_message.Message):
     CROP_FIELD_NUMBER: _builtins.int
     CROP_STYLE_FIELD_NUMBER: _builtins.int
     INSTANCE_PROMPT_FIELD_NUMBER: _builtins.int
+    CAPTION_STRATEGY_FIELD_NUMBER: _builtins.int
+    INSTANCE_PROMPTS_FIELD_NUMBER: _builtins.int
+    PREPEND_INSTANCE_PROMPT_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CROP_ASPECT_FIELD_NUMBER: _builtins.int
+    CROP_ASPECT_BUCKETS_FIELD_NUMBER: _builtins.int
+    MINIMUM_IMAGE_SIZE_FIELD_NUMBER: _builtins.int
+    MAXIMUM_IMAGE_SIZE_FIELD_NUMBER: _builtins.int
+    TARGET_DOWNSAMPLE_SIZE_FIELD_NUMBER: _builtins.int
+    MINIMUM_ASPECT_RATIO_FIELD_NUMBER: _builtins.int
+    MAXIMUM_ASPECT_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_UPSCALE_THRESHOLD_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    START_STEP_FIELD_NUMBER: _builtins.int
+    END_STEP_FIELD_NUMBER: _builtins.int
+    CAPTION_SHUFFLE_FIELD_NUMBER: _builtins.int
+    TIMESTEP_SAMPLING_OFFSET_FIELD_NUMBER: _builtins.int
+    MASK_TYPE_FIELD_NUMBER: _builtins.int
     dataset: _builtins.str
     """Name of a dataset that was created with CreateDataset."""
     repeats: _builtins.int
     """EXTRA passes in each epoch: 0 is one pass, 1000 is 1001. Default 0."""
-    resolution: _builtins.int
-    """Pixels, in the unit that resolution_type says. 64 to 4096. Default 1024."""
+    resolution: _builtins.float
+    """Size, in the unit that resolution_type says: 64 to 4096 pixels, or 0.004 to 16.8 megapixels. Default 1024."""
     resolution_type: _builtins.str
-    """`pixel_area` (resolution is the edge of a square of the same area) or `pixel` (resolution is the shorter edge).
-    Default `pixel_area`.
+    """`pixel_area` (resolution is the edge of a square of the same area), `area` (megapixels) or `pixel` (resolution is the
+    shorter edge). Default `pixel_area`.
     """
     crop: _builtins.bool
     """True crops every image to a square, false to the nearest aspect bucket. Default false."""
     crop_style: _builtins.str
-    """Where the crop is taken from: `center`, `corner` or `random` (by image, seeded). Default `center`."""
+    """Where the crop is taken from: `center`, `corner`, `random` (by image, seeded) or `face`. Default `center`."""
     instance_prompt: _builtins.str
     """Caption for images without one; absent means that a missing caption is an error."""
+    caption_strategy: _builtins.str
+    """Where captions come from: `captions` (those of the samples, else the instance prompts), `filename` (the sample's name
+    without its extension, `_` read as a space) or `instanceprompt` (the instance prompts alone). Default `captions`.
+    """
+    prepend_instance_prompt: _builtins.bool
+    """Put the instance prompt before each caption. Default false."""
+    probability: _builtins.float
+    """Weight of the dataset in the choice of the next batch, above 0. Default 1.0."""
+    role: _builtins.str
+    """`train`, `regularisation` (the base model's own prediction is the target) or `evaluation` (never trained on; only
+    measured). Default `train`.
+    """
+    crop_aspect: _builtins.str
+    """With crop: `square`, `preserve`, `random` or `closest` (of crop_aspect_buckets). Default `square`."""
+    minimum_image_size: _builtins.float
+    """Images below are left out, in the unit of resolution. Default 0, none."""
+    maximum_image_size: _builtins.float
+    """Images above are first brought down to target_downsample_size, in the unit of resolution. Default 0, none."""
+    target_downsample_size: _builtins.float
+    """See maximum_image_size, which needs it."""
+    minimum_aspect_ratio: _builtins.float
+    """Images with a smaller width / height are left out. Default 0, none."""
+    maximum_aspect_ratio: _builtins.float
+    """Images with a larger width / height are left out. Default 0, none."""
+    max_upscale_threshold: _builtins.float
+    """Images that would be enlarged by more than this factor of their area are left out. Default 0, none."""
+    max_num_samples: _builtins.int
+    """Use so many samples, chosen by the seed. Default 0, all."""
+    start_step: _builtins.int
+    """First optimiser step at which it is used. Default 0, from the beginning."""
+    end_step: _builtins.int
+    """Last optimiser step at which it is used. Default 0, to the end."""
+    caption_shuffle: _builtins.bool
+    """Shuffle the comma-separated parts of each caption, differently at each visit of 8 fixed orders. Default false."""
+    timestep_sampling_offset: _builtins.float
+    """Added to the normal draw that the noise level is made of (timestep_sampling `sigmoid`). Default 0."""
+    mask_type: _builtins.str
+    """How the samples' masks weigh the loss: `none`, `mask` (by brightness) or `segmentation` (any brightness counts as 1).
+    Default `none`.
+    """
+    @_builtins.property
+    def instance_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Several instance prompts, of which one is chosen at each visit; in place of instance_prompt."""
+
+    @_builtins.property
+    def crop_aspect_buckets(self) -> _containers.RepeatedCompositeFieldContainer[Global___CropAspect]:
+        """The aspects that crop_aspect `random` and `closest` choose from."""
+
     def __init__(
         self,
         *,
         dataset: _builtins.str = ...,
         repeats: _builtins.int = ...,
-        resolution: _builtins.int | None = ...,
+        resolution: _builtins.float | None = ...,
         resolution_type: _builtins.str | None = ...,
         crop: _builtins.bool = ...,
         crop_style: _builtins.str | None = ...,
         instance_prompt: _builtins.str | None = ...,
+        caption_strategy: _builtins.str | None = ...,
+        instance_prompts: _abc.Iterable[_builtins.str] | None = ...,
+        prepend_instance_prompt: _builtins.bool = ...,
+        probability: _builtins.float | None = ...,
+        role: _builtins.str | None = ...,
+        crop_aspect: _builtins.str | None = ...,
+        crop_aspect_buckets: _abc.Iterable[Global___CropAspect] | None = ...,
+        minimum_image_size: _builtins.float | None = ...,
+        maximum_image_size: _builtins.float | None = ...,
+        target_downsample_size: _builtins.float | None = ...,
+        minimum_aspect_ratio: _builtins.float | None = ...,
+        maximum_aspect_ratio: _builtins.float | None = ...,
+        max_upscale_threshold: _builtins.float | None = ...,
+        max_num_samples: _builtins.int = ...,
+        start_step: _builtins.int = ...,
+        end_step: _builtins.int = ...,
+        caption_shuffle: _builtins.bool = ...,
+        timestep_sampling_offset: _builtins.float = ...,
+        mask_type: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_crop_style", b"_crop_style", "_instance_prompt", b"_instance_prompt", "_resolution", b"_resolution", "_resolution_type", b"_resolution_type", "crop_style", b"crop_style", "instance_prompt", b"instance_prompt", "resolution", b"resolution", "resolution_type", b"resolution_type"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy", "_crop_aspect", b"_crop_aspect", "_crop_style", b"_crop_style", "_instance_prompt", b"_instance_prompt", "_mask_type", b"_mask_type", "_max_upscale_threshold", b"_max_upscale_threshold", "_maximum_aspect_ratio", b"_maximum_aspect_ratio", "_maximum_image_size", b"_maximum_image_size", "_minimum_aspect_ratio", b"_minimum_aspect_ratio", "_minimum_image_size", b"_minimum_image_size", "_probability", b"_probability", "_resolution", b"_resolution", "_resolution_type", b"_resolution_type", "_role", b"_role", "_target_downsample_size", b"_target_downsample_size", "caption_strategy", b"caption_strategy", "crop_aspect", b"crop_aspect", "crop_style", b"crop_style", "instance_prompt", b"instance_prompt", "mask_type", b"mask_type", "max_upscale_threshold", b"max_upscale_threshold", "maximum_aspect_ratio", b"maximum_aspect_ratio", "maximum_image_size", b"maximum_image_size", "minimum_aspect_ratio", b"minimum_aspect_ratio", "minimum_image_size", b"minimum_image_size", "probability", b"probability", "resolution", b"resolution", "resolution_type", b"resolution_type", "role", b"role", "target_downsample_size", b"target_downsample_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crop_style", b"_crop_style", "_instance_prompt", b"_instance_prompt", "_resolution", b"_resolution", "_resolution_type", b"_resolution_type", "crop", b"crop", "crop_style", b"crop_style", "dataset", b"dataset", "instance_prompt", b"instance_prompt", "repeats", b"repeats", "resolution", b"resolution", "resolution_type", b"resolution_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy", "_crop_aspect", b"_crop_aspect", "_crop_style", b"_crop_style", "_instance_prompt", b"_instance_prompt", "_mask_type", b"_mask_type", "_max_upscale_threshold", b"_max_upscale_threshold", "_maximum_aspect_ratio", b"_maximum_aspect_ratio", "_maximum_image_size", b"_maximum_image_size", "_minimum_aspect_ratio", b"_minimum_aspect_ratio", "_minimum_image_size", b"_minimum_image_size", "_probability", b"_probability", "_resolution", b"_resolution", "_resolution_type", b"_resolution_type", "_role", b"_role", "_target_downsample_size", b"_target_downsample_size", "caption_shuffle", b"caption_shuffle", "caption_strategy", b"caption_strategy", "crop", b"crop", "crop_aspect", b"crop_aspect", "crop_aspect_buckets", b"crop_aspect_buckets", "crop_style", b"crop_style", "dataset", b"dataset", "end_step", b"end_step", "instance_prompt", b"instance_prompt", "instance_prompts", b"instance_prompts", "mask_type", b"mask_type", "max_num_samples", b"max_num_samples", "max_upscale_threshold", b"max_upscale_threshold", "maximum_aspect_ratio", b"maximum_aspect_ratio", "maximum_image_size", b"maximum_image_size", "minimum_aspect_ratio", b"minimum_aspect_ratio", "minimum_image_size", b"minimum_image_size", "prepend_instance_prompt", b"prepend_instance_prompt", "probability", b"probability", "repeats", b"repeats", "resolution", b"resolution", "resolution_type", b"resolution_type", "role", b"role", "start_step", b"start_step", "target_downsample_size", b"target_downsample_size", "timestep_sampling_offset", b"timestep_sampling_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__caption_strategy: _TypeAlias = _typing.Literal["caption_strategy"]  # noqa: Y015
+    _WhichOneofArgType__caption_strategy: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy"]  # noqa: Y015
+    _WhichOneofReturnType__crop_aspect: _TypeAlias = _typing.Literal["crop_aspect"]  # noqa: Y015
+    _WhichOneofArgType__crop_aspect: _TypeAlias = _typing.Literal["_crop_aspect", b"_crop_aspect"]  # noqa: Y015
     _WhichOneofReturnType__crop_style: _TypeAlias = _typing.Literal["crop_style"]  # noqa: Y015
     _WhichOneofArgType__crop_style: _TypeAlias = _typing.Literal["_crop_style", b"_crop_style"]  # noqa: Y015
     _WhichOneofReturnType__instance_prompt: _TypeAlias = _typing.Literal["instance_prompt"]  # noqa: Y015
     _WhichOneofArgType__instance_prompt: _TypeAlias = _typing.Literal["_instance_prompt", b"_instance_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__mask_type: _TypeAlias = _typing.Literal["mask_type"]  # noqa: Y015
+    _WhichOneofArgType__mask_type: _TypeAlias = _typing.Literal["_mask_type", b"_mask_type"]  # noqa: Y015
+    _WhichOneofReturnType__max_upscale_threshold: _TypeAlias = _typing.Literal["max_upscale_threshold"]  # noqa: Y015
+    _WhichOneofArgType__max_upscale_threshold: _TypeAlias = _typing.Literal["_max_upscale_threshold", b"_max_upscale_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__maximum_aspect_ratio: _TypeAlias = _typing.Literal["maximum_aspect_ratio"]  # noqa: Y015
+    _WhichOneofArgType__maximum_aspect_ratio: _TypeAlias = _typing.Literal["_maximum_aspect_ratio", b"_maximum_aspect_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__maximum_image_size: _TypeAlias = _typing.Literal["maximum_image_size"]  # noqa: Y015
+    _WhichOneofArgType__maximum_image_size: _TypeAlias = _typing.Literal["_maximum_image_size", b"_maximum_image_size"]  # noqa: Y015
+    _WhichOneofReturnType__minimum_aspect_ratio: _TypeAlias = _typing.Literal["minimum_aspect_ratio"]  # noqa: Y015
+    _WhichOneofArgType__minimum_aspect_ratio: _TypeAlias = _typing.Literal["_minimum_aspect_ratio", b"_minimum_aspect_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__minimum_image_size: _TypeAlias = _typing.Literal["minimum_image_size"]  # noqa: Y015
+    _WhichOneofArgType__minimum_image_size: _TypeAlias = _typing.Literal["_minimum_image_size", b"_minimum_image_size"]  # noqa: Y015
+    _WhichOneofReturnType__probability: _TypeAlias = _typing.Literal["probability"]  # noqa: Y015
+    _WhichOneofArgType__probability: _TypeAlias = _typing.Literal["_probability", b"_probability"]  # noqa: Y015
     _WhichOneofReturnType__resolution: _TypeAlias = _typing.Literal["resolution"]  # noqa: Y015
     _WhichOneofArgType__resolution: _TypeAlias = _typing.Literal["_resolution", b"_resolution"]  # noqa: Y015
     _WhichOneofReturnType__resolution_type: _TypeAlias = _typing.Literal["resolution_type"]  # noqa: Y015
     _WhichOneofArgType__resolution_type: _TypeAlias = _typing.Literal["_resolution_type", b"_resolution_type"]  # noqa: Y015
+    _WhichOneofReturnType__role: _TypeAlias = _typing.Literal["role"]  # noqa: Y015
+    _WhichOneofArgType__role: _TypeAlias = _typing.Literal["_role", b"_role"]  # noqa: Y015
+    _WhichOneofReturnType__target_downsample_size: _TypeAlias = _typing.Literal["target_downsample_size"]  # noqa: Y015
+    _WhichOneofArgType__target_downsample_size: _TypeAlias = _typing.Literal["_target_downsample_size", b"_target_downsample_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_strategy) -> _WhichOneofReturnType__caption_strategy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__crop_aspect) -> _WhichOneofReturnType__crop_aspect | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__crop_style) -> _WhichOneofReturnType__crop_style | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__instance_prompt) -> _WhichOneofReturnType__instance_prompt | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_type) -> _WhichOneofReturnType__mask_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_upscale_threshold) -> _WhichOneofReturnType__max_upscale_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum_aspect_ratio) -> _WhichOneofReturnType__maximum_aspect_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum_image_size) -> _WhichOneofReturnType__maximum_image_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum_aspect_ratio) -> _WhichOneofReturnType__minimum_aspect_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum_image_size) -> _WhichOneofReturnType__minimum_image_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probability) -> _WhichOneofReturnType__probability | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resolution) -> _WhichOneofReturnType__resolution | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resolution_type) -> _WhichOneofReturnType__resolution_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__role) -> _WhichOneofReturnType__role | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_downsample_size) -> _WhichOneofReturnType__target_downsample_size | None: ...
 
 Global___DatasetSpec: _TypeAlias = DatasetSpec  # noqa: Y015
+
+@_typing.final
+class CropAspect(_message.Message):
+    """One aspect to crop to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASPECT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    aspect: _builtins.float
+    """Width / height, 0.1 to 10."""
+    weight: _builtins.float
+    """Weight in a random choice; all weights of a list sum to 1. Default: all alike."""
+    def __init__(
+        self,
+        *,
+        aspect: _builtins.float = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "aspect", b"aspect", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___CropAspect: _TypeAlias = CropAspect  # noqa: Y015
 
 @_typing.final
 class AdapterSpec(_message.Message):
@@ -269,20 +540,38 @@ class AdapterSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LOKR_FIELD_NUMBER: _builtins.int
+    LYCORIS_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    FULL_RANK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lokr(self) -> Global___LokrSpec:
         """LyCORIS LoKr: the weight change is kron(W1, W2)."""
+
+    @_builtins.property
+    def lycoris(self) -> Global___LycorisSpec:
+        """Another algorithm of LyCORIS."""
+
+    @_builtins.property
+    def lora(self) -> Global___LoraSpec:
+        """LoRA, by PEFT."""
+
+    @_builtins.property
+    def full_rank(self) -> Global___FullRankSpec:
+        """Every weight of the transformer."""
 
     def __init__(
         self,
         *,
         lokr: Global___LokrSpec | None = ...,
+        lycoris: Global___LycorisSpec | None = ...,
+        lora: Global___LoraSpec | None = ...,
+        full_rank: Global___FullRankSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lokr", b"lokr"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_rank", b"full_rank", "kind", b"kind", "lokr", b"lokr", "lora", b"lora", "lycoris", b"lycoris"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lokr", b"lokr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full_rank", b"full_rank", "kind", b"kind", "lokr", b"lokr", "lora", b"lora", "lycoris", b"lycoris"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["lokr"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["lokr", "lycoris", "lora", "full_rank"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -302,6 +591,12 @@ class LokrSpec(_message.Message):
     USE_SCALAR_FIELD_NUMBER: _builtins.int
     DECOMPOSE_BOTH_FIELD_NUMBER: _builtins.int
     APPLY_PRESET_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    RANK_DROPOUT_FIELD_NUMBER: _builtins.int
+    MODULE_DROPOUT_FIELD_NUMBER: _builtins.int
+    DORA_WD_FIELD_NUMBER: _builtins.int
+    INIT_LOKR_NORM_FIELD_NUMBER: _builtins.int
+    BYPASS_MODE_FIELD_NUMBER: _builtins.int
     factor: _builtins.int
     """Size of W1's sides; -1 is the most balanced split. Default 16."""
     linear_dim: _builtins.int
@@ -316,6 +611,18 @@ class LokrSpec(_message.Message):
     """One more trainable number for each module, from 0. Default false."""
     decompose_both: _builtins.bool
     """Allow W1 to be factorised too. Default false."""
+    dropout: _builtins.float
+    """Probability that an input of the adapter is set to 0, 0 to below 1. Default 0."""
+    rank_dropout: _builtins.float
+    """Probability that a row of the weight change is set to 0. Default 0."""
+    module_dropout: _builtins.float
+    """Probability that a whole module's change is left out of a step. Default 0."""
+    dora_wd: _builtins.bool
+    """DoRA: magnitude and direction of the changed weight are trained apart. Default false."""
+    init_lokr_norm: _builtins.float
+    """Start W1 at 1 and W2 at a perturbation of this size relative to the frozen weight (spec: 1e-4 to 1e-3). Default 0, off."""
+    bypass_mode: _builtins.bool
+    """Accepted for the files that have it: Reverie always computes in bypass mode, which is equal."""
     @_builtins.property
     def apply_preset(self) -> Global___LokrPreset:
         """Which modules are adapted. Default: target_module [Attention]."""
@@ -331,15 +638,25 @@ class LokrSpec(_message.Message):
         use_scalar: _builtins.bool = ...,
         decompose_both: _builtins.bool = ...,
         apply_preset: Global___LokrPreset | None = ...,
+        dropout: _builtins.float = ...,
+        rank_dropout: _builtins.float = ...,
+        module_dropout: _builtins.float = ...,
+        dora_wd: _builtins.bool = ...,
+        init_lokr_norm: _builtins.float | None = ...,
+        bypass_mode: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "apply_preset", b"apply_preset", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "multiplier", b"multiplier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bypass_mode", b"_bypass_mode", "_factor", b"_factor", "_full_matrix", b"_full_matrix", "_init_lokr_norm", b"_init_lokr_norm", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "apply_preset", b"apply_preset", "bypass_mode", b"bypass_mode", "factor", b"factor", "full_matrix", b"full_matrix", "init_lokr_norm", b"init_lokr_norm", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "multiplier", b"multiplier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "apply_preset", b"apply_preset", "decompose_both", b"decompose_both", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "multiplier", b"multiplier", "use_scalar", b"use_scalar"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bypass_mode", b"_bypass_mode", "_factor", b"_factor", "_full_matrix", b"_full_matrix", "_init_lokr_norm", b"_init_lokr_norm", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "apply_preset", b"apply_preset", "bypass_mode", b"bypass_mode", "decompose_both", b"decompose_both", "dora_wd", b"dora_wd", "dropout", b"dropout", "factor", b"factor", "full_matrix", b"full_matrix", "init_lokr_norm", b"init_lokr_norm", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "module_dropout", b"module_dropout", "multiplier", b"multiplier", "rank_dropout", b"rank_dropout", "use_scalar", b"use_scalar"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bypass_mode: _TypeAlias = _typing.Literal["bypass_mode"]  # noqa: Y015
+    _WhichOneofArgType__bypass_mode: _TypeAlias = _typing.Literal["_bypass_mode", b"_bypass_mode"]  # noqa: Y015
     _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
     _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
     _WhichOneofReturnType__full_matrix: _TypeAlias = _typing.Literal["full_matrix"]  # noqa: Y015
     _WhichOneofArgType__full_matrix: _TypeAlias = _typing.Literal["_full_matrix", b"_full_matrix"]  # noqa: Y015
+    _WhichOneofReturnType__init_lokr_norm: _TypeAlias = _typing.Literal["init_lokr_norm"]  # noqa: Y015
+    _WhichOneofArgType__init_lokr_norm: _TypeAlias = _typing.Literal["_init_lokr_norm", b"_init_lokr_norm"]  # noqa: Y015
     _WhichOneofReturnType__linear_alpha: _TypeAlias = _typing.Literal["linear_alpha"]  # noqa: Y015
     _WhichOneofArgType__linear_alpha: _TypeAlias = _typing.Literal["_linear_alpha", b"_linear_alpha"]  # noqa: Y015
     _WhichOneofReturnType__linear_dim: _TypeAlias = _typing.Literal["linear_dim"]  # noqa: Y015
@@ -347,9 +664,13 @@ class LokrSpec(_message.Message):
     _WhichOneofReturnType__multiplier: _TypeAlias = _typing.Literal["multiplier"]  # noqa: Y015
     _WhichOneofArgType__multiplier: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bypass_mode) -> _WhichOneofReturnType__bypass_mode | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__full_matrix) -> _WhichOneofReturnType__full_matrix | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__init_lokr_norm) -> _WhichOneofReturnType__init_lokr_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__linear_alpha) -> _WhichOneofReturnType__linear_alpha | None: ...
     @_typing.overload
@@ -413,8 +734,13 @@ class LokrPreset(_message.Message):
     MODULE_ALGO_MAP_FIELD_NUMBER: _builtins.int
     NAME_ALGO_MAP_FIELD_NUMBER: _builtins.int
     USE_FNMATCH_FIELD_NUMBER: _builtins.int
+    TARGET_NAME_FIELD_NUMBER: _builtins.int
+    EXCLUDE_NAME_FIELD_NUMBER: _builtins.int
+    ENABLE_CONV_FIELD_NUMBER: _builtins.int
     use_fnmatch: _builtins.bool
     """Names are fnmatch patterns; otherwise regular expressions. Default true."""
+    enable_conv: _builtins.bool
+    """Adapt convolutions too; HiDream's transformer has none."""
     @_builtins.property
     def target_module(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every Linear inside modules of these classes."""
@@ -427,6 +753,14 @@ class LokrPreset(_message.Message):
     def name_algo_map(self) -> _containers.MessageMap[_builtins.str, Global___LokrOverrides]:
         """Overrides by dotted module name; also selects the modules."""
 
+    @_builtins.property
+    def target_name(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Dotted names or patterns of modules to adapt without overrides."""
+
+    @_builtins.property
+    def exclude_name(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Dotted names or patterns of modules to leave alone."""
+
     def __init__(
         self,
         *,
@@ -434,10 +768,13 @@ class LokrPreset(_message.Message):
         module_algo_map: _abc.Mapping[_builtins.str, Global___LokrOverrides] | None = ...,
         name_algo_map: _abc.Mapping[_builtins.str, Global___LokrOverrides] | None = ...,
         use_fnmatch: _builtins.bool | None = ...,
+        target_name: _abc.Iterable[_builtins.str] | None = ...,
+        exclude_name: _abc.Iterable[_builtins.str] | None = ...,
+        enable_conv: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_use_fnmatch", b"_use_fnmatch", "use_fnmatch", b"use_fnmatch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_use_fnmatch", b"_use_fnmatch", "module_algo_map", b"module_algo_map", "name_algo_map", b"name_algo_map", "target_module", b"target_module", "use_fnmatch", b"use_fnmatch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_use_fnmatch", b"_use_fnmatch", "enable_conv", b"enable_conv", "exclude_name", b"exclude_name", "module_algo_map", b"module_algo_map", "name_algo_map", b"name_algo_map", "target_module", b"target_module", "target_name", b"target_name", "use_fnmatch", b"use_fnmatch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__use_fnmatch: _TypeAlias = _typing.Literal["use_fnmatch"]  # noqa: Y015
     _WhichOneofArgType__use_fnmatch: _TypeAlias = _typing.Literal["_use_fnmatch", b"_use_fnmatch"]  # noqa: Y015
@@ -456,6 +793,11 @@ class LokrOverrides(_message.Message):
     LINEAR_ALPHA_FIELD_NUMBER: _builtins.int
     FULL_MATRIX_FIELD_NUMBER: _builtins.int
     USE_SCALAR_FIELD_NUMBER: _builtins.int
+    DECOMPOSE_BOTH_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    RANK_DROPOUT_FIELD_NUMBER: _builtins.int
+    MODULE_DROPOUT_FIELD_NUMBER: _builtins.int
+    ALGO_FIELD_NUMBER: _builtins.int
     factor: _builtins.int
     """See LokrSpec."""
     linear_dim: _builtins.int
@@ -466,6 +808,16 @@ class LokrOverrides(_message.Message):
     """See LokrSpec."""
     use_scalar: _builtins.bool
     """See LokrSpec."""
+    decompose_both: _builtins.bool
+    """See LokrSpec."""
+    dropout: _builtins.float
+    """See LokrSpec."""
+    rank_dropout: _builtins.float
+    """See LokrSpec."""
+    module_dropout: _builtins.float
+    """See LokrSpec."""
+    algo: _builtins.str
+    """Another algorithm of LyCORIS for these modules; only under `lycoris`."""
     def __init__(
         self,
         *,
@@ -474,11 +826,22 @@ class LokrOverrides(_message.Message):
         linear_alpha: _builtins.float | None = ...,
         full_matrix: _builtins.bool | None = ...,
         use_scalar: _builtins.bool | None = ...,
+        decompose_both: _builtins.bool | None = ...,
+        dropout: _builtins.float | None = ...,
+        rank_dropout: _builtins.float | None = ...,
+        module_dropout: _builtins.float | None = ...,
+        algo: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_use_scalar", b"_use_scalar", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "use_scalar", b"use_scalar"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_algo", b"_algo", "_decompose_both", b"_decompose_both", "_dropout", b"_dropout", "_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_module_dropout", b"_module_dropout", "_rank_dropout", b"_rank_dropout", "_use_scalar", b"_use_scalar", "algo", b"algo", "decompose_both", b"decompose_both", "dropout", b"dropout", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "module_dropout", b"module_dropout", "rank_dropout", b"rank_dropout", "use_scalar", b"use_scalar"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_use_scalar", b"_use_scalar", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "use_scalar", b"use_scalar"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_algo", b"_algo", "_decompose_both", b"_decompose_both", "_dropout", b"_dropout", "_factor", b"_factor", "_full_matrix", b"_full_matrix", "_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_module_dropout", b"_module_dropout", "_rank_dropout", b"_rank_dropout", "_use_scalar", b"_use_scalar", "algo", b"algo", "decompose_both", b"decompose_both", "dropout", b"dropout", "factor", b"factor", "full_matrix", b"full_matrix", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "module_dropout", b"module_dropout", "rank_dropout", b"rank_dropout", "use_scalar", b"use_scalar"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__algo: _TypeAlias = _typing.Literal["algo"]  # noqa: Y015
+    _WhichOneofArgType__algo: _TypeAlias = _typing.Literal["_algo", b"_algo"]  # noqa: Y015
+    _WhichOneofReturnType__decompose_both: _TypeAlias = _typing.Literal["decompose_both"]  # noqa: Y015
+    _WhichOneofArgType__decompose_both: _TypeAlias = _typing.Literal["_decompose_both", b"_decompose_both"]  # noqa: Y015
+    _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
+    _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
     _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
     _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
     _WhichOneofReturnType__full_matrix: _TypeAlias = _typing.Literal["full_matrix"]  # noqa: Y015
@@ -487,8 +850,18 @@ class LokrOverrides(_message.Message):
     _WhichOneofArgType__linear_alpha: _TypeAlias = _typing.Literal["_linear_alpha", b"_linear_alpha"]  # noqa: Y015
     _WhichOneofReturnType__linear_dim: _TypeAlias = _typing.Literal["linear_dim"]  # noqa: Y015
     _WhichOneofArgType__linear_dim: _TypeAlias = _typing.Literal["_linear_dim", b"_linear_dim"]  # noqa: Y015
+    _WhichOneofReturnType__module_dropout: _TypeAlias = _typing.Literal["module_dropout"]  # noqa: Y015
+    _WhichOneofArgType__module_dropout: _TypeAlias = _typing.Literal["_module_dropout", b"_module_dropout"]  # noqa: Y015
+    _WhichOneofReturnType__rank_dropout: _TypeAlias = _typing.Literal["rank_dropout"]  # noqa: Y015
+    _WhichOneofArgType__rank_dropout: _TypeAlias = _typing.Literal["_rank_dropout", b"_rank_dropout"]  # noqa: Y015
     _WhichOneofReturnType__use_scalar: _TypeAlias = _typing.Literal["use_scalar"]  # noqa: Y015
     _WhichOneofArgType__use_scalar: _TypeAlias = _typing.Literal["_use_scalar", b"_use_scalar"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__algo) -> _WhichOneofReturnType__algo | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decompose_both) -> _WhichOneofReturnType__decompose_both | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
     @_typing.overload
@@ -498,15 +871,216 @@ class LokrOverrides(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__linear_dim) -> _WhichOneofReturnType__linear_dim | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__module_dropout) -> _WhichOneofReturnType__module_dropout | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_dropout) -> _WhichOneofReturnType__rank_dropout | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__use_scalar) -> _WhichOneofReturnType__use_scalar | None: ...
 
 Global___LokrOverrides: _TypeAlias = LokrOverrides  # noqa: Y015
+
+@_typing.final
+class LycorisSpec(_message.Message):
+    """Another algorithm of lycoris-lora, with the fields of its configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ALGO_FIELD_NUMBER: _builtins.int
+    LINEAR_DIM_FIELD_NUMBER: _builtins.int
+    LINEAR_ALPHA_FIELD_NUMBER: _builtins.int
+    MULTIPLIER_FIELD_NUMBER: _builtins.int
+    USE_SCALAR_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    RANK_DROPOUT_FIELD_NUMBER: _builtins.int
+    MODULE_DROPOUT_FIELD_NUMBER: _builtins.int
+    DORA_WD_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    APPLY_PRESET_FIELD_NUMBER: _builtins.int
+    algo: _builtins.str
+    """`locon`, `loha`, `lokr`, `full`, `ia3`, `dylora`, `glora`, `diag-oft` or `boft`. Required."""
+    linear_dim: _builtins.int
+    """Rank. Default 16."""
+    linear_alpha: _builtins.float
+    """Scale is linear_alpha / linear_dim. Default 1."""
+    multiplier: _builtins.float
+    """Strength of the adapter. Default 1.0."""
+    use_scalar: _builtins.bool
+    """One more trainable number for each module, from 0. Default false."""
+    dropout: _builtins.float
+    """See LokrSpec."""
+    rank_dropout: _builtins.float
+    """See LokrSpec."""
+    module_dropout: _builtins.float
+    """See LokrSpec."""
+    dora_wd: _builtins.bool
+    """See LokrSpec."""
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What one algorithm alone knows, for instance `block_size` of dylora or `constraint` of diag-oft."""
+
+    @_builtins.property
+    def apply_preset(self) -> Global___LokrPreset:
+        """Which modules are adapted. Default: target_module [Attention]."""
+
+    def __init__(
+        self,
+        *,
+        algo: _builtins.str = ...,
+        linear_dim: _builtins.int | None = ...,
+        linear_alpha: _builtins.float | None = ...,
+        multiplier: _builtins.float | None = ...,
+        use_scalar: _builtins.bool = ...,
+        dropout: _builtins.float = ...,
+        rank_dropout: _builtins.float = ...,
+        module_dropout: _builtins.float = ...,
+        dora_wd: _builtins.bool = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        apply_preset: Global___LokrPreset | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "apply_preset", b"apply_preset", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "multiplier", b"multiplier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_linear_alpha", b"_linear_alpha", "_linear_dim", b"_linear_dim", "_multiplier", b"_multiplier", "algo", b"algo", "apply_preset", b"apply_preset", "dora_wd", b"dora_wd", "dropout", b"dropout", "linear_alpha", b"linear_alpha", "linear_dim", b"linear_dim", "module_dropout", b"module_dropout", "multiplier", b"multiplier", "options", b"options", "rank_dropout", b"rank_dropout", "use_scalar", b"use_scalar"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__linear_alpha: _TypeAlias = _typing.Literal["linear_alpha"]  # noqa: Y015
+    _WhichOneofArgType__linear_alpha: _TypeAlias = _typing.Literal["_linear_alpha", b"_linear_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__linear_dim: _TypeAlias = _typing.Literal["linear_dim"]  # noqa: Y015
+    _WhichOneofArgType__linear_dim: _TypeAlias = _typing.Literal["_linear_dim", b"_linear_dim"]  # noqa: Y015
+    _WhichOneofReturnType__multiplier: _TypeAlias = _typing.Literal["multiplier"]  # noqa: Y015
+    _WhichOneofArgType__multiplier: _TypeAlias = _typing.Literal["_multiplier", b"_multiplier"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__linear_alpha) -> _WhichOneofReturnType__linear_alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__linear_dim) -> _WhichOneofReturnType__linear_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__multiplier) -> _WhichOneofReturnType__multiplier | None: ...
+
+Global___LycorisSpec: _TypeAlias = LycorisSpec  # noqa: Y015
+
+@_typing.final
+class LoraSpec(_message.Message):
+    """LoRA: the weight change is B A, scaled by alpha / rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    INIT_TYPE_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rank, 1 to 256. Default 16."""
+    alpha: _builtins.float
+    """Scale is alpha / rank. Default: the rank. The exported file states it where it is not the rank."""
+    dropout: _builtins.float
+    """Probability that an input of the adapter is set to 0. Default 0."""
+    init_type: _builtins.str
+    """`default` (A uniform, B 0), `gaussian`, `olora` or `pissa`. Default `default`."""
+    use_dora: _builtins.bool
+    """DoRA: magnitude and direction of the changed weight are trained apart. Default false."""
+    format: _builtins.str
+    """Key names of the exported file: `diffusers` or `comfyui` (the same with `.alpha` tensors). Default `diffusers`."""
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ends of dotted names of the Linear layers to adapt. Default: to_q, to_k, to_v, to_out."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int | None = ...,
+        alpha: _builtins.float | None = ...,
+        dropout: _builtins.float = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        init_type: _builtins.str | None = ...,
+        use_dora: _builtins.bool = ...,
+        format: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_format", b"_format", "_init_type", b"_init_type", "_rank", b"_rank", "alpha", b"alpha", "format", b"format", "init_type", b"init_type", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_format", b"_format", "_init_type", b"_init_type", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "format", b"format", "init_type", b"init_type", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__format: _TypeAlias = _typing.Literal["format"]  # noqa: Y015
+    _WhichOneofArgType__format: _TypeAlias = _typing.Literal["_format", b"_format"]  # noqa: Y015
+    _WhichOneofReturnType__init_type: _TypeAlias = _typing.Literal["init_type"]  # noqa: Y015
+    _WhichOneofArgType__init_type: _TypeAlias = _typing.Literal["_init_type", b"_init_type"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__format) -> _WhichOneofReturnType__format | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__init_type) -> _WhichOneofReturnType__init_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+
+Global___LoraSpec: _TypeAlias = LoraSpec  # noqa: Y015
+
+@_typing.final
+class FullRankSpec(_message.Message):
+    """Every weight of the transformer is trained; needs base_precision `no_change`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FullRankSpec: _TypeAlias = FullRankSpec  # noqa: Y015
 
 @_typing.final
 class OptimizationSpec(_message.Message):
     """How to train."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OptimizerConfigEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
@@ -523,20 +1097,48 @@ class OptimizationSpec(_message.Message):
     FLOW_SIGMOID_SCALE_FIELD_NUMBER: _builtins.int
     CAPTION_DROPOUT_PROBABILITY_FIELD_NUMBER: _builtins.int
     SAMPLE_LATENTS_ONCE_FIELD_NUMBER: _builtins.int
+    NUM_EPOCHS_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_CONFIG_FIELD_NUMBER: _builtins.int
+    BETA1_FIELD_NUMBER: _builtins.int
+    BETA2_FIELD_NUMBER: _builtins.int
+    LR_END_FIELD_NUMBER: _builtins.int
+    LR_POWER_FIELD_NUMBER: _builtins.int
+    LR_NUM_CYCLES_FIELD_NUMBER: _builtins.int
+    GRADIENT_RELEASE_FIELD_NUMBER: _builtins.int
+    TIMESTEP_SAMPLING_FIELD_NUMBER: _builtins.int
+    FLOW_BETA_SCHEDULE_ALPHA_FIELD_NUMBER: _builtins.int
+    FLOW_BETA_SCHEDULE_BETA_FIELD_NUMBER: _builtins.int
+    FLOW_CUSTOM_TIMESTEPS_FIELD_NUMBER: _builtins.int
+    FLOW_TIMESTEPS_MODE_FIELD_NUMBER: _builtins.int
+    MIXFLOW_GAMMA_FIELD_NUMBER: _builtins.int
+    FLOW_SCHEDULE_AUTO_SHIFT_FIELD_NUMBER: _builtins.int
+    LOSS_TYPE_FIELD_NUMBER: _builtins.int
+    HUBER_C_FIELD_NUMBER: _builtins.int
+    HUBER_SCHEDULE_FIELD_NUMBER: _builtins.int
+    INPUT_PERTURBATION_FIELD_NUMBER: _builtins.int
+    INPUT_PERTURBATION_STEPS_FIELD_NUMBER: _builtins.int
+    OFFSET_NOISE_FIELD_NUMBER: _builtins.int
+    MASKED_LOSS_PROBABILITY_FIELD_NUMBER: _builtins.int
+    MASKED_LOSS_NORMALISE_AREA_FIELD_NUMBER: _builtins.int
+    USE_LOAD_BALANCING_LOSS_FIELD_NUMBER: _builtins.int
+    LOAD_BALANCING_LOSS_WEIGHT_FIELD_NUMBER: _builtins.int
+    SCHEDULED_SAMPLING_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
-    """Optimiser steps, 1 to 1,000,000. Required."""
+    """Optimiser steps, 1 to 1,000,000; 0 where num_epochs says how long."""
     batch_size: _builtins.int
     """Samples in one micro-batch, 1 to 128. Default 1."""
     gradient_accumulation_steps: _builtins.int
     """Micro-batches in one optimiser step, 1 to 1024. Default 1."""
     optimizer: _builtins.str
-    """`adamw` or `optimi-lion`. Default `adamw`."""
+    """`adamw`, `optimi-lion` or another name of docs/optimizers.md. Default `adamw`."""
     learning_rate: _builtins.float
     """Above 0, at most 1. Default 1e-4."""
     lr_warmup_steps: _builtins.int
     """Linear warm-up from 0, in optimiser steps. Default 0."""
     lr_scheduler: _builtins.str
-    """`constant_with_warmup` or `cosine`. Default `constant_with_warmup`."""
+    """`constant`, `constant_with_warmup`, `linear`, `cosine`, `cosine_with_restarts`, `polynomial` or `sine`. Default
+    `constant_with_warmup`.
+    """
     weight_decay: _builtins.float
     """Weight decay, 0 or more. Default: the optimiser's (adamw 0.01, optimi-lion 0)."""
     max_grad_norm: _builtins.float
@@ -555,6 +1157,66 @@ class OptimizationSpec(_message.Message):
     """Draw the latent from the VAE's posterior once for each image, as SimpleTuner does, and not at every visit. Default
     false.
     """
+    num_epochs: _builtins.int
+    """Epochs to train, in place of max_steps; exactly one of both is above 0."""
+    beta1: _builtins.float
+    """First and second decay of the optimiser's averages, 0 to below 1. Default: the optimiser's."""
+    beta2: _builtins.float
+    """See beta1."""
+    lr_end: _builtins.float
+    """Learning rate at the end of `linear`, `cosine`, `polynomial` and `sine`. Default 0."""
+    lr_power: _builtins.float
+    """Exponent of `polynomial`. Default 0.8."""
+    lr_num_cycles: _builtins.int
+    """Cycles of `cosine_with_restarts` and `sine`. Default 1."""
+    gradient_release: _builtins.bool
+    """Step each parameter as soon as its gradient is there and free the gradient. Default false."""
+    timestep_sampling: _builtins.str
+    """How the noise level is drawn before the shift: `sigmoid`, `uniform`, `beta`, `fast`, `custom` or `mixflow`. Default
+    `sigmoid`.
+    """
+    flow_beta_schedule_alpha: _builtins.float
+    """First parameter of `beta`. Default 2."""
+    flow_beta_schedule_beta: _builtins.float
+    """Second parameter of `beta`. Default 2."""
+    flow_timesteps_mode: _builtins.str
+    """How `custom` takes its values: `random` or `round-robin`. Default `random`."""
+    mixflow_gamma: _builtins.float
+    """Parameter of `mixflow`, 0 to 1. Default 0.8."""
+    flow_schedule_auto_shift: _builtins.bool
+    """Shift by the number of image tokens instead of flow_schedule_shift. Default false."""
+    loss_type: _builtins.str
+    """`l2`, `huber` or `smooth_l1`. Default `l2`."""
+    huber_c: _builtins.float
+    """Where huber and smooth_l1 turn from square to linear. Default 0.1."""
+    huber_schedule: _builtins.str
+    """How huber_c follows the noise level: `snr`, `exponential` or `constant`. Default `snr`."""
+    input_perturbation: _builtins.float
+    """Strength of extra noise on the input that is not part of the target. Default 0."""
+    input_perturbation_steps: _builtins.int
+    """Steps over which input_perturbation falls to 0; 0 keeps it. Default 0."""
+    offset_noise: _builtins.float
+    """Strength of a random offset of each noise channel. Default 0."""
+    masked_loss_probability: _builtins.float
+    """Probability that a sample's segmentation mask is applied, 0 to 1. Default 1.0."""
+    masked_loss_normalise_area: _builtins.bool
+    """Divide a masked loss by the mask's area, so that small masks train as strongly. Default false."""
+    use_load_balancing_loss: _builtins.bool
+    """Add the experts' load-balancing loss, with its gradient. Default false."""
+    load_balancing_loss_weight: _builtins.float
+    """Weight of the load-balancing loss. Default 0.01."""
+    @_builtins.property
+    def optimizer_config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Settings of the optimiser by name, as text; unknown ones are refused."""
+
+    @_builtins.property
+    def flow_custom_timesteps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Values of `custom`: all in [0, 1] are sigmas, otherwise all are timesteps in [0, 1000]."""
+
+    @_builtins.property
+    def scheduled_sampling(self) -> Global___ScheduledSamplingSpec:
+        """Roll the model out for some steps before the one that is trained. Absent: never."""
+
     def __init__(
         self,
         *,
@@ -573,45 +1235,109 @@ class OptimizationSpec(_message.Message):
         flow_sigmoid_scale: _builtins.float | None = ...,
         caption_dropout_probability: _builtins.float | None = ...,
         sample_latents_once: _builtins.bool = ...,
+        num_epochs: _builtins.int = ...,
+        optimizer_config: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        beta1: _builtins.float | None = ...,
+        beta2: _builtins.float | None = ...,
+        lr_end: _builtins.float = ...,
+        lr_power: _builtins.float | None = ...,
+        lr_num_cycles: _builtins.int | None = ...,
+        gradient_release: _builtins.bool = ...,
+        timestep_sampling: _builtins.str | None = ...,
+        flow_beta_schedule_alpha: _builtins.float | None = ...,
+        flow_beta_schedule_beta: _builtins.float | None = ...,
+        flow_custom_timesteps: _abc.Iterable[_builtins.float] | None = ...,
+        flow_timesteps_mode: _builtins.str | None = ...,
+        mixflow_gamma: _builtins.float | None = ...,
+        flow_schedule_auto_shift: _builtins.bool = ...,
+        loss_type: _builtins.str | None = ...,
+        huber_c: _builtins.float | None = ...,
+        huber_schedule: _builtins.str | None = ...,
+        input_perturbation: _builtins.float = ...,
+        input_perturbation_steps: _builtins.int = ...,
+        offset_noise: _builtins.float = ...,
+        masked_loss_probability: _builtins.float | None = ...,
+        masked_loss_normalise_area: _builtins.bool = ...,
+        use_load_balancing_loss: _builtins.bool = ...,
+        load_balancing_loss_weight: _builtins.float | None = ...,
+        scheduled_sampling: Global___ScheduledSamplingSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout_probability", b"_caption_dropout_probability", "_flow_schedule_shift", b"_flow_schedule_shift", "_flow_sigmoid_scale", b"_flow_sigmoid_scale", "_grad_clip_method", b"_grad_clip_method", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_max_grad_norm", b"_max_grad_norm", "_optimizer", b"_optimizer", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "caption_dropout_probability", b"caption_dropout_probability", "flow_schedule_shift", b"flow_schedule_shift", "flow_sigmoid_scale", b"flow_sigmoid_scale", "grad_clip_method", b"grad_clip_method", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "max_grad_norm", b"max_grad_norm", "optimizer", b"optimizer", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_caption_dropout_probability", b"_caption_dropout_probability", "_flow_beta_schedule_alpha", b"_flow_beta_schedule_alpha", "_flow_beta_schedule_beta", b"_flow_beta_schedule_beta", "_flow_schedule_shift", b"_flow_schedule_shift", "_flow_sigmoid_scale", b"_flow_sigmoid_scale", "_flow_timesteps_mode", b"_flow_timesteps_mode", "_grad_clip_method", b"_grad_clip_method", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_huber_c", b"_huber_c", "_huber_schedule", b"_huber_schedule", "_learning_rate", b"_learning_rate", "_load_balancing_loss_weight", b"_load_balancing_loss_weight", "_loss_type", b"_loss_type", "_lr_num_cycles", b"_lr_num_cycles", "_lr_power", b"_lr_power", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_masked_loss_probability", b"_masked_loss_probability", "_max_grad_norm", b"_max_grad_norm", "_mixflow_gamma", b"_mixflow_gamma", "_optimizer", b"_optimizer", "_timestep_sampling", b"_timestep_sampling", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "caption_dropout_probability", b"caption_dropout_probability", "flow_beta_schedule_alpha", b"flow_beta_schedule_alpha", "flow_beta_schedule_beta", b"flow_beta_schedule_beta", "flow_schedule_shift", b"flow_schedule_shift", "flow_sigmoid_scale", b"flow_sigmoid_scale", "flow_timesteps_mode", b"flow_timesteps_mode", "grad_clip_method", b"grad_clip_method", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "huber_c", b"huber_c", "huber_schedule", b"huber_schedule", "learning_rate", b"learning_rate", "load_balancing_loss_weight", b"load_balancing_loss_weight", "loss_type", b"loss_type", "lr_num_cycles", b"lr_num_cycles", "lr_power", b"lr_power", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "masked_loss_probability", b"masked_loss_probability", "max_grad_norm", b"max_grad_norm", "mixflow_gamma", b"mixflow_gamma", "optimizer", b"optimizer", "scheduled_sampling", b"scheduled_sampling", "timestep_sampling", b"timestep_sampling", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_caption_dropout_probability", b"_caption_dropout_probability", "_flow_schedule_shift", b"_flow_schedule_shift", "_flow_sigmoid_scale", b"_flow_sigmoid_scale", "_grad_clip_method", b"_grad_clip_method", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_max_grad_norm", b"_max_grad_norm", "_optimizer", b"_optimizer", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "caption_dropout_probability", b"caption_dropout_probability", "flow_schedule_shift", b"flow_schedule_shift", "flow_sigmoid_scale", b"flow_sigmoid_scale", "grad_clip_method", b"grad_clip_method", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "optimizer", b"optimizer", "sample_latents_once", b"sample_latents_once", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_caption_dropout_probability", b"_caption_dropout_probability", "_flow_beta_schedule_alpha", b"_flow_beta_schedule_alpha", "_flow_beta_schedule_beta", b"_flow_beta_schedule_beta", "_flow_schedule_shift", b"_flow_schedule_shift", "_flow_sigmoid_scale", b"_flow_sigmoid_scale", "_flow_timesteps_mode", b"_flow_timesteps_mode", "_grad_clip_method", b"_grad_clip_method", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_huber_c", b"_huber_c", "_huber_schedule", b"_huber_schedule", "_learning_rate", b"_learning_rate", "_load_balancing_loss_weight", b"_load_balancing_loss_weight", "_loss_type", b"_loss_type", "_lr_num_cycles", b"_lr_num_cycles", "_lr_power", b"_lr_power", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_masked_loss_probability", b"_masked_loss_probability", "_max_grad_norm", b"_max_grad_norm", "_mixflow_gamma", b"_mixflow_gamma", "_optimizer", b"_optimizer", "_timestep_sampling", b"_timestep_sampling", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "caption_dropout_probability", b"caption_dropout_probability", "flow_beta_schedule_alpha", b"flow_beta_schedule_alpha", "flow_beta_schedule_beta", b"flow_beta_schedule_beta", "flow_custom_timesteps", b"flow_custom_timesteps", "flow_schedule_auto_shift", b"flow_schedule_auto_shift", "flow_schedule_shift", b"flow_schedule_shift", "flow_sigmoid_scale", b"flow_sigmoid_scale", "flow_timesteps_mode", b"flow_timesteps_mode", "grad_clip_method", b"grad_clip_method", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "gradient_release", b"gradient_release", "huber_c", b"huber_c", "huber_schedule", b"huber_schedule", "input_perturbation", b"input_perturbation", "input_perturbation_steps", b"input_perturbation_steps", "learning_rate", b"learning_rate", "load_balancing_loss_weight", b"load_balancing_loss_weight", "loss_type", b"loss_type", "lr_end", b"lr_end", "lr_num_cycles", b"lr_num_cycles", "lr_power", b"lr_power", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "masked_loss_normalise_area", b"masked_loss_normalise_area", "masked_loss_probability", b"masked_loss_probability", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "mixflow_gamma", b"mixflow_gamma", "num_epochs", b"num_epochs", "offset_noise", b"offset_noise", "optimizer", b"optimizer", "optimizer_config", b"optimizer_config", "sample_latents_once", b"sample_latents_once", "scheduled_sampling", b"scheduled_sampling", "timestep_sampling", b"timestep_sampling", "use_load_balancing_loss", b"use_load_balancing_loss", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
+    _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
+    _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
+    _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
     _WhichOneofReturnType__caption_dropout_probability: _TypeAlias = _typing.Literal["caption_dropout_probability"]  # noqa: Y015
     _WhichOneofArgType__caption_dropout_probability: _TypeAlias = _typing.Literal["_caption_dropout_probability", b"_caption_dropout_probability"]  # noqa: Y015
+    _WhichOneofReturnType__flow_beta_schedule_alpha: _TypeAlias = _typing.Literal["flow_beta_schedule_alpha"]  # noqa: Y015
+    _WhichOneofArgType__flow_beta_schedule_alpha: _TypeAlias = _typing.Literal["_flow_beta_schedule_alpha", b"_flow_beta_schedule_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__flow_beta_schedule_beta: _TypeAlias = _typing.Literal["flow_beta_schedule_beta"]  # noqa: Y015
+    _WhichOneofArgType__flow_beta_schedule_beta: _TypeAlias = _typing.Literal["_flow_beta_schedule_beta", b"_flow_beta_schedule_beta"]  # noqa: Y015
     _WhichOneofReturnType__flow_schedule_shift: _TypeAlias = _typing.Literal["flow_schedule_shift"]  # noqa: Y015
     _WhichOneofArgType__flow_schedule_shift: _TypeAlias = _typing.Literal["_flow_schedule_shift", b"_flow_schedule_shift"]  # noqa: Y015
     _WhichOneofReturnType__flow_sigmoid_scale: _TypeAlias = _typing.Literal["flow_sigmoid_scale"]  # noqa: Y015
     _WhichOneofArgType__flow_sigmoid_scale: _TypeAlias = _typing.Literal["_flow_sigmoid_scale", b"_flow_sigmoid_scale"]  # noqa: Y015
+    _WhichOneofReturnType__flow_timesteps_mode: _TypeAlias = _typing.Literal["flow_timesteps_mode"]  # noqa: Y015
+    _WhichOneofArgType__flow_timesteps_mode: _TypeAlias = _typing.Literal["_flow_timesteps_mode", b"_flow_timesteps_mode"]  # noqa: Y015
     _WhichOneofReturnType__grad_clip_method: _TypeAlias = _typing.Literal["grad_clip_method"]  # noqa: Y015
     _WhichOneofArgType__grad_clip_method: _TypeAlias = _typing.Literal["_grad_clip_method", b"_grad_clip_method"]  # noqa: Y015
     _WhichOneofReturnType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofArgType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofReturnType__huber_c: _TypeAlias = _typing.Literal["huber_c"]  # noqa: Y015
+    _WhichOneofArgType__huber_c: _TypeAlias = _typing.Literal["_huber_c", b"_huber_c"]  # noqa: Y015
+    _WhichOneofReturnType__huber_schedule: _TypeAlias = _typing.Literal["huber_schedule"]  # noqa: Y015
+    _WhichOneofArgType__huber_schedule: _TypeAlias = _typing.Literal["_huber_schedule", b"_huber_schedule"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__load_balancing_loss_weight: _TypeAlias = _typing.Literal["load_balancing_loss_weight"]  # noqa: Y015
+    _WhichOneofArgType__load_balancing_loss_weight: _TypeAlias = _typing.Literal["_load_balancing_loss_weight", b"_load_balancing_loss_weight"]  # noqa: Y015
+    _WhichOneofReturnType__loss_type: _TypeAlias = _typing.Literal["loss_type"]  # noqa: Y015
+    _WhichOneofArgType__loss_type: _TypeAlias = _typing.Literal["_loss_type", b"_loss_type"]  # noqa: Y015
+    _WhichOneofReturnType__lr_num_cycles: _TypeAlias = _typing.Literal["lr_num_cycles"]  # noqa: Y015
+    _WhichOneofArgType__lr_num_cycles: _TypeAlias = _typing.Literal["_lr_num_cycles", b"_lr_num_cycles"]  # noqa: Y015
+    _WhichOneofReturnType__lr_power: _TypeAlias = _typing.Literal["lr_power"]  # noqa: Y015
+    _WhichOneofArgType__lr_power: _TypeAlias = _typing.Literal["_lr_power", b"_lr_power"]  # noqa: Y015
     _WhichOneofReturnType__lr_scheduler: _TypeAlias = _typing.Literal["lr_scheduler"]  # noqa: Y015
     _WhichOneofArgType__lr_scheduler: _TypeAlias = _typing.Literal["_lr_scheduler", b"_lr_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__lr_warmup_steps: _TypeAlias = _typing.Literal["lr_warmup_steps"]  # noqa: Y015
     _WhichOneofArgType__lr_warmup_steps: _TypeAlias = _typing.Literal["_lr_warmup_steps", b"_lr_warmup_steps"]  # noqa: Y015
+    _WhichOneofReturnType__masked_loss_probability: _TypeAlias = _typing.Literal["masked_loss_probability"]  # noqa: Y015
+    _WhichOneofArgType__masked_loss_probability: _TypeAlias = _typing.Literal["_masked_loss_probability", b"_masked_loss_probability"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__mixflow_gamma: _TypeAlias = _typing.Literal["mixflow_gamma"]  # noqa: Y015
+    _WhichOneofArgType__mixflow_gamma: _TypeAlias = _typing.Literal["_mixflow_gamma", b"_mixflow_gamma"]  # noqa: Y015
     _WhichOneofReturnType__optimizer: _TypeAlias = _typing.Literal["optimizer"]  # noqa: Y015
     _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
+    _WhichOneofReturnType__timestep_sampling: _TypeAlias = _typing.Literal["timestep_sampling"]  # noqa: Y015
+    _WhichOneofArgType__timestep_sampling: _TypeAlias = _typing.Literal["_timestep_sampling", b"_timestep_sampling"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_dropout_probability) -> _WhichOneofReturnType__caption_dropout_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flow_beta_schedule_alpha) -> _WhichOneofReturnType__flow_beta_schedule_alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flow_beta_schedule_beta) -> _WhichOneofReturnType__flow_beta_schedule_beta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__flow_schedule_shift) -> _WhichOneofReturnType__flow_schedule_shift | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__flow_sigmoid_scale) -> _WhichOneofReturnType__flow_sigmoid_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flow_timesteps_mode) -> _WhichOneofReturnType__flow_timesteps_mode | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_clip_method) -> _WhichOneofReturnType__grad_clip_method | None: ...
     @_typing.overload
@@ -619,19 +1345,268 @@ class OptimizationSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__huber_c) -> _WhichOneofReturnType__huber_c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__huber_schedule) -> _WhichOneofReturnType__huber_schedule | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_balancing_loss_weight) -> _WhichOneofReturnType__load_balancing_loss_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_type) -> _WhichOneofReturnType__loss_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_num_cycles) -> _WhichOneofReturnType__lr_num_cycles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_power) -> _WhichOneofReturnType__lr_power | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_scheduler) -> _WhichOneofReturnType__lr_scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_warmup_steps) -> _WhichOneofReturnType__lr_warmup_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__masked_loss_probability) -> _WhichOneofReturnType__masked_loss_probability | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixflow_gamma) -> _WhichOneofReturnType__mixflow_gamma | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__optimizer) -> _WhichOneofReturnType__optimizer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_sampling) -> _WhichOneofReturnType__timestep_sampling | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___OptimizationSpec: _TypeAlias = OptimizationSpec  # noqa: Y015
+
+@_typing.final
+class ScheduledSamplingSpec(_message.Message):
+    """Rolling out: the noisy input is made by the model itself from an earlier, noisier one (spec 9)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_STEP_OFFSET_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    PROB_START_FIELD_NUMBER: _builtins.int
+    PROB_END_FIELD_NUMBER: _builtins.int
+    RAMP_STEPS_FIELD_NUMBER: _builtins.int
+    RAMP_SHAPE_FIELD_NUMBER: _builtins.int
+    START_STEP_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
+    REFLEXFLOW_FIELD_NUMBER: _builtins.int
+    max_step_offset: _builtins.int
+    """Steps of the inference schedule to roll out at most, 1 to 10. Required."""
+    probability: _builtins.float
+    """Probability that a sample is rolled out, without a ramp. Default 0."""
+    prob_start: _builtins.float
+    """Probability before the ramp. Default 0."""
+    prob_end: _builtins.float
+    """Probability after the ramp. Default 0.5."""
+    ramp_steps: _builtins.int
+    """Optimiser steps of the ramp; 0 is no ramp. Default 0."""
+    ramp_shape: _builtins.str
+    """`linear` or `cosine`. Default `linear`."""
+    start_step: _builtins.int
+    """First optimiser step of the ramp. Default 0."""
+    strategy: _builtins.str
+    """How many steps are rolled out: `uniform`, `biased_early` (fewer) or `biased_late` (more). Default `uniform`."""
+    num_inference_steps: _builtins.int
+    """Steps of the inference schedule that the spacing is taken from, 4 to 200. Default 30."""
+    sampler: _builtins.str
+    """Solver of the roll-out: `euler` or `heun`. Default `euler`."""
+    @_builtins.property
+    def reflexflow(self) -> Global___ReflexflowSpec:
+        """ReflexFlow's weights on rolled-out samples. Absent: the plain loss."""
+
+    def __init__(
+        self,
+        *,
+        max_step_offset: _builtins.int = ...,
+        probability: _builtins.float = ...,
+        prob_start: _builtins.float = ...,
+        prob_end: _builtins.float | None = ...,
+        ramp_steps: _builtins.int = ...,
+        ramp_shape: _builtins.str | None = ...,
+        start_step: _builtins.int = ...,
+        strategy: _builtins.str | None = ...,
+        num_inference_steps: _builtins.int | None = ...,
+        sampler: _builtins.str | None = ...,
+        reflexflow: Global___ReflexflowSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "_prob_end", b"_prob_end", "_ramp_shape", b"_ramp_shape", "_sampler", b"_sampler", "_strategy", b"_strategy", "num_inference_steps", b"num_inference_steps", "prob_end", b"prob_end", "ramp_shape", b"ramp_shape", "reflexflow", b"reflexflow", "sampler", b"sampler", "strategy", b"strategy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "_prob_end", b"_prob_end", "_ramp_shape", b"_ramp_shape", "_sampler", b"_sampler", "_strategy", b"_strategy", "max_step_offset", b"max_step_offset", "num_inference_steps", b"num_inference_steps", "prob_end", b"prob_end", "prob_start", b"prob_start", "probability", b"probability", "ramp_shape", b"ramp_shape", "ramp_steps", b"ramp_steps", "reflexflow", b"reflexflow", "sampler", b"sampler", "start_step", b"start_step", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
+    _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__prob_end: _TypeAlias = _typing.Literal["prob_end"]  # noqa: Y015
+    _WhichOneofArgType__prob_end: _TypeAlias = _typing.Literal["_prob_end", b"_prob_end"]  # noqa: Y015
+    _WhichOneofReturnType__ramp_shape: _TypeAlias = _typing.Literal["ramp_shape"]  # noqa: Y015
+    _WhichOneofArgType__ramp_shape: _TypeAlias = _typing.Literal["_ramp_shape", b"_ramp_shape"]  # noqa: Y015
+    _WhichOneofReturnType__sampler: _TypeAlias = _typing.Literal["sampler"]  # noqa: Y015
+    _WhichOneofArgType__sampler: _TypeAlias = _typing.Literal["_sampler", b"_sampler"]  # noqa: Y015
+    _WhichOneofReturnType__strategy: _TypeAlias = _typing.Literal["strategy"]  # noqa: Y015
+    _WhichOneofArgType__strategy: _TypeAlias = _typing.Literal["_strategy", b"_strategy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prob_end) -> _WhichOneofReturnType__prob_end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ramp_shape) -> _WhichOneofReturnType__ramp_shape | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampler) -> _WhichOneofReturnType__sampler | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strategy) -> _WhichOneofReturnType__strategy | None: ...
+
+Global___ScheduledSamplingSpec: _TypeAlias = ScheduledSamplingSpec  # noqa: Y015
+
+@_typing.final
+class ReflexflowSpec(_message.Message):
+    """ReflexFlow's correction of exposure bias, for rolled-out samples alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALPHA_FIELD_NUMBER: _builtins.int
+    BETA1_FIELD_NUMBER: _builtins.int
+    BETA2_FIELD_NUMBER: _builtins.int
+    alpha: _builtins.float
+    """Weight of the exposure-bias term in the element-wise weight. Default 1.0."""
+    beta1: _builtins.float
+    """Weight of the direction term. Default 10.0."""
+    beta2: _builtins.float
+    """Weight of the velocity term. Default 1.0."""
+    def __init__(
+        self,
+        *,
+        alpha: _builtins.float | None = ...,
+        beta1: _builtins.float | None = ...,
+        beta2: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta1", b"_beta1", "_beta2", b"_beta2", "alpha", b"alpha", "beta1", b"beta1", "beta2", b"beta2"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
+    _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
+    _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
+    _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
+
+Global___ReflexflowSpec: _TypeAlias = ReflexflowSpec  # noqa: Y015
+
+@_typing.final
+class EmaSpec(_message.Message):
+    """A running average of the adapter, in float32."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECAY_FIELD_NUMBER: _builtins.int
+    UPDATE_INTERVAL_FIELD_NUMBER: _builtins.int
+    WARMUP_STEPS_FIELD_NUMBER: _builtins.int
+    VALIDATION_FIELD_NUMBER: _builtins.int
+    decay: _builtins.float
+    """Weight of the past, 0 to below 1. Default 0.995."""
+    update_interval: _builtins.int
+    """Optimiser steps between updates. Default 1."""
+    warmup_steps: _builtins.int
+    """Steps during which the average is a copy. Default 0."""
+    validation: _builtins.str
+    """Pictures of the average: `none`, `ema_only` or `comparison` (both). Default `comparison`."""
+    def __init__(
+        self,
+        *,
+        decay: _builtins.float | None = ...,
+        update_interval: _builtins.int | None = ...,
+        warmup_steps: _builtins.int = ...,
+        validation: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_update_interval", b"_update_interval", "_validation", b"_validation", "decay", b"decay", "update_interval", b"update_interval", "validation", b"validation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decay", b"_decay", "_update_interval", b"_update_interval", "_validation", b"_validation", "decay", b"decay", "update_interval", b"update_interval", "validation", b"validation", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
+    _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
+    _WhichOneofReturnType__update_interval: _TypeAlias = _typing.Literal["update_interval"]  # noqa: Y015
+    _WhichOneofArgType__update_interval: _TypeAlias = _typing.Literal["_update_interval", b"_update_interval"]  # noqa: Y015
+    _WhichOneofReturnType__validation: _TypeAlias = _typing.Literal["validation"]  # noqa: Y015
+    _WhichOneofArgType__validation: _TypeAlias = _typing.Literal["_validation", b"_validation"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_interval) -> _WhichOneofReturnType__update_interval | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation) -> _WhichOneofReturnType__validation | None: ...
+
+Global___EmaSpec: _TypeAlias = EmaSpec  # noqa: Y015
+
+@_typing.final
+class MemorySpec(_message.Message):
+    """What saves memory at the cost of time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRADIENT_CHECKPOINTING_INTERVAL_FIELD_NUMBER: _builtins.int
+    NUM_OFFLOADED_BLOCKS_FIELD_NUMBER: _builtins.int
+    OFFLOAD_DURING_STARTUP_FIELD_NUMBER: _builtins.int
+    gradient_checkpointing_interval: _builtins.int
+    """With gradient_checkpointing: recompute only blocks whose index is a multiple, 1 to 100. Default 1, every block."""
+    num_offloaded_blocks: _builtins.int
+    """Blocks of the frozen transformer that wait in host memory and are copied in when their turn comes. Default 0."""
+    offload_during_startup: _builtins.bool
+    """Let encoders and VAE wait in host memory while the other works, where they share a card. Default false."""
+    def __init__(
+        self,
+        *,
+        gradient_checkpointing_interval: _builtins.int | None = ...,
+        num_offloaded_blocks: _builtins.int = ...,
+        offload_during_startup: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing_interval", b"_gradient_checkpointing_interval", "gradient_checkpointing_interval", b"gradient_checkpointing_interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_checkpointing_interval", b"_gradient_checkpointing_interval", "gradient_checkpointing_interval", b"gradient_checkpointing_interval", "num_offloaded_blocks", b"num_offloaded_blocks", "offload_during_startup", b"offload_during_startup"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gradient_checkpointing_interval: _TypeAlias = _typing.Literal["gradient_checkpointing_interval"]  # noqa: Y015
+    _WhichOneofArgType__gradient_checkpointing_interval: _TypeAlias = _typing.Literal["_gradient_checkpointing_interval", b"_gradient_checkpointing_interval"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing_interval) -> _WhichOneofReturnType__gradient_checkpointing_interval | None: ...
+
+Global___MemorySpec: _TypeAlias = MemorySpec  # noqa: Y015
+
+@_typing.final
+class StartSpec(_message.Message):
+    """Begin with what another job has learnt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ADAPTER_ONLY_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The other job."""
+    step: _builtins.int
+    """Its checkpoint, by step; 0 is the newest."""
+    adapter_only: _builtins.bool
+    """Take the adapter alone, and begin at step 0 with a fresh optimiser. Default false: go on exactly where it was."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        adapter_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_only", b"adapter_only", "job_id", b"job_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartSpec: _TypeAlias = StartSpec  # noqa: Y015
 
 @_typing.final
 class CheckpointSpec(_message.Message):
@@ -641,19 +1616,23 @@ class CheckpointSpec(_message.Message):
 
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    EVERY_EPOCHS_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Save after every so many steps; 0 saves only at the end. Default 500."""
     keep: _builtins.int
     """Keep the newest so many; 0 keeps all. Default 5."""
+    every_epochs: _builtins.float
+    """Save after every so many epochs; 0 is by steps alone. Default 0."""
     def __init__(
         self,
         *,
         every_steps: _builtins.int | None = ...,
         keep: _builtins.int | None = ...,
+        every_epochs: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "every_steps", b"every_steps", "keep", b"keep"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "every_steps", b"every_steps", "keep", b"keep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "keep", b"keep"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
@@ -682,6 +1661,15 @@ class ValidationSpec(_message.Message):
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
     DISABLE_BENCHMARK_FIELD_NUMBER: _builtins.int
     ADAPTER_STRENGTH_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    PROMPT_LIBRARY_FIELD_NUMBER: _builtins.int
+    UNCONDITIONAL_FIELD_NUMBER: _builtins.int
+    PREVIEW_STEPS_FIELD_NUMBER: _builtins.int
+    CLIP_SCORE_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
+    EVERY_EPOCHS_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Draw after every so many steps; 0 draws only at the end. Default 200."""
     num_inference_steps: _builtins.int
@@ -698,6 +1686,24 @@ class ValidationSpec(_message.Message):
     """Do not draw the base model's pictures before the first step. Default false."""
     adapter_strength: _builtins.float
     """Strength of the adapter. Default 1.0."""
+    guidance_rescale: _builtins.float
+    """Bring the guided prediction's spread back to the conditional one's by this share, 0 to 1. Default 0."""
+    prompt_library: _builtins.bool
+    """Add the built-in prompts to draw. Default false."""
+    unconditional: _builtins.bool
+    """Draw the empty prompt too, under the name `unconditional`. Default false."""
+    preview_steps: _builtins.int
+    """Show a preview after the first and every so many sampling steps; 0 shows none. Default 0."""
+    clip_score: _builtins.bool
+    """Score every picture against its prompt by CLIP. Default false."""
+    compile: _builtins.bool
+    """Compile the sampler's transformer for this job. Default false."""
+    scheduler: _builtins.str
+    """Sampling method: `unipc`, `euler` or `flash`. Default: the checkpoint's."""
+    shift: _builtins.float
+    """Shift of the sampling schedule. Default: the checkpoint's."""
+    every_epochs: _builtins.float
+    """Draw after every so many epochs; 0 is by steps alone. Default 0."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ValidationPrompt]:
         """What to draw; at least one where validation is given."""
@@ -719,10 +1725,19 @@ class ValidationSpec(_message.Message):
         num_images: _builtins.int | None = ...,
         disable_benchmark: _builtins.bool = ...,
         adapter_strength: _builtins.float | None = ...,
+        guidance_rescale: _builtins.float = ...,
+        prompt_library: _builtins.bool = ...,
+        unconditional: _builtins.bool = ...,
+        preview_steps: _builtins.int = ...,
+        clip_score: _builtins.bool = ...,
+        compile: _builtins.bool = ...,
+        scheduler: _builtins.str | None = ...,
+        shift: _builtins.float | None = ...,
+        every_epochs: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_every_steps", b"_every_steps", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "adapter_strength", b"adapter_strength", "every_steps", b"every_steps", "guidance_scale", b"guidance_scale", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_every_steps", b"_every_steps", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_shift", b"_shift", "adapter_strength", b"adapter_strength", "every_steps", b"every_steps", "guidance_scale", b"guidance_scale", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "scheduler", b"scheduler", "seed", b"seed", "shift", b"shift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_every_steps", b"_every_steps", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "adapter_strength", b"adapter_strength", "disable_benchmark", b"disable_benchmark", "every_steps", b"every_steps", "guidance_scale", b"guidance_scale", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompts", b"prompts", "resolutions", b"resolutions", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "_every_steps", b"_every_steps", "_guidance_scale", b"_guidance_scale", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_scheduler", b"_scheduler", "_seed", b"_seed", "_shift", b"_shift", "adapter_strength", b"adapter_strength", "clip_score", b"clip_score", "compile", b"compile", "disable_benchmark", b"disable_benchmark", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_steps", b"preview_steps", "prompt_library", b"prompt_library", "prompts", b"prompts", "resolutions", b"resolutions", "scheduler", b"scheduler", "seed", b"seed", "shift", b"shift", "unconditional", b"unconditional"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_strength: _TypeAlias = _typing.Literal["adapter_strength"]  # noqa: Y015
     _WhichOneofArgType__adapter_strength: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength"]  # noqa: Y015
@@ -734,8 +1749,12 @@ class ValidationSpec(_message.Message):
     _WhichOneofArgType__num_images: _TypeAlias = _typing.Literal["_num_images", b"_num_images"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
+    _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_strength) -> _WhichOneofReturnType__adapter_strength | None: ...
     @_typing.overload
@@ -747,7 +1766,11 @@ class ValidationSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
 
 Global___ValidationSpec: _TypeAlias = ValidationSpec  # noqa: Y015
 
@@ -759,21 +1782,27 @@ class ValidationPrompt(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    ADAPTER_STRENGTH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Short name, 1 to 63 of [a-z0-9_-]; becomes part of file names. Unique within the job."""
     prompt: _builtins.str
     """The prompt."""
+    adapter_strength: _builtins.float
+    """Strength of the adapter for this prompt. Default: that of the validation."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         prompt: _builtins.str = ...,
+        adapter_strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "adapter_strength", b"adapter_strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength", "adapter_strength", b"adapter_strength", "name", b"name", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__adapter_strength: _TypeAlias = _typing.Literal["adapter_strength"]  # noqa: Y015
+    _WhichOneofArgType__adapter_strength: _TypeAlias = _typing.Literal["_adapter_strength", b"_adapter_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_strength) -> _WhichOneofReturnType__adapter_strength | None: ...
 
 Global___ValidationPrompt: _TypeAlias = ValidationPrompt  # noqa: Y015
 
@@ -798,6 +1827,8 @@ class TrainingJob(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     NUM_WORKER_STARTS_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
+    EMA_ADAPTER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """`job-` and 12 hex digits; given by the server."""
     state: Global___TrainingJobState.ValueType
@@ -848,6 +1879,14 @@ class TrainingJob(_message.Message):
     def failure(self) -> Global___JobFailure:
         """Why it failed; absent otherwise."""
 
+    @_builtins.property
+    def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[_measures_pb2.EvaluationResult]:
+        """The newest measured evaluation of each dataset."""
+
+    @_builtins.property
+    def ema_adapter(self) -> _common_pb2.ObjectRef:
+        """The running average of the adapter, where the job has one; absent before SUCCEEDED."""
+
     def __init__(
         self,
         *,
@@ -866,10 +1905,12 @@ class TrainingJob(_message.Message):
         failure: Global___JobFailure | None = ...,
         num_worker_starts: _builtins.int = ...,
         last_sequence: _builtins.int = ...,
+        evaluations: _abc.Iterable[_measures_pb2.EvaluationResult] | None = ...,
+        ema_adapter: _common_pb2.ObjectRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "metrics", b"metrics", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "ema_adapter", b"ema_adapter", "end_time", b"end_time", "failure", b"failure", "metrics", b"metrics", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "job_id", b"job_id", "last_sequence", b"last_sequence", "metrics", b"metrics", "num_worker_starts", b"num_worker_starts", "phases", b"phases", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "ema_adapter", b"ema_adapter", "end_time", b"end_time", "evaluations", b"evaluations", "failure", b"failure", "job_id", b"job_id", "last_sequence", b"last_sequence", "metrics", b"metrics", "num_worker_starts", b"num_worker_starts", "phases", b"phases", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time", "state", b"state", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -917,6 +1958,13 @@ class StepMetrics(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     DATA_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    GRADIENT_ABSMAX_FIELD_NUMBER: _builtins.int
+    LOAD_BALANCING_LOSS_FIELD_NUMBER: _builtins.int
+    REGULARISATION_LOSS_FIELD_NUMBER: _builtins.int
+    EXPERT_LOAD_FIELD_NUMBER: _builtins.int
+    ROUTER_ENTROPY_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ROLLOUT_SHARE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, from 1."""
     loss: _builtins.float
@@ -929,6 +1977,22 @@ class StepMetrics(_message.Message):
     """Wall-clock seconds of the step."""
     data_wait_seconds: _builtins.float
     """Seconds of it spent waiting for data."""
+    gradient_absmax: _builtins.float
+    """Largest gradient element, before clipping."""
+    load_balancing_loss: _builtins.float
+    """Load-balancing loss before its weight; 1 is a perfect balance. Absent where it is off."""
+    regularisation_loss: _builtins.float
+    """The part of the loss that regularisation samples made; absent in a step without any."""
+    router_entropy: _builtins.float
+    """Entropy of the router's scores in nats, mean over tokens and layers. Absent where it is not measured."""
+    epoch: _builtins.float
+    """Epochs done, with the fraction."""
+    rollout_share: _builtins.float
+    """Share of the samples that were rolled out (scheduled sampling)."""
+    @_builtins.property
+    def expert_load(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of the routed tokens that each expert got, mean over the layers. Empty where it is not measured."""
+
     def __init__(
         self,
         *,
@@ -938,12 +2002,34 @@ class StepMetrics(_message.Message):
         gradient_norm: _builtins.float = ...,
         step_seconds: _builtins.float = ...,
         data_wait_seconds: _builtins.float = ...,
+        gradient_absmax: _builtins.float = ...,
+        load_balancing_loss: _builtins.float | None = ...,
+        regularisation_loss: _builtins.float | None = ...,
+        expert_load: _abc.Iterable[_builtins.float] | None = ...,
+        router_entropy: _builtins.float | None = ...,
+        epoch: _builtins.float = ...,
+        rollout_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_load_balancing_loss", b"_load_balancing_loss", "_regularisation_loss", b"_regularisation_loss", "_rollout_share", b"_rollout_share", "_router_entropy", b"_router_entropy", "load_balancing_loss", b"load_balancing_loss", "regularisation_loss", b"regularisation_loss", "rollout_share", b"rollout_share", "router_entropy", b"router_entropy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_wait_seconds", b"data_wait_seconds", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "step", b"step", "step_seconds", b"step_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_balancing_loss", b"_load_balancing_loss", "_regularisation_loss", b"_regularisation_loss", "_rollout_share", b"_rollout_share", "_router_entropy", b"_router_entropy", "data_wait_seconds", b"data_wait_seconds", "epoch", b"epoch", "expert_load", b"expert_load", "gradient_absmax", b"gradient_absmax", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "load_balancing_loss", b"load_balancing_loss", "loss", b"loss", "regularisation_loss", b"regularisation_loss", "rollout_share", b"rollout_share", "router_entropy", b"router_entropy", "step", b"step", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__load_balancing_loss: _TypeAlias = _typing.Literal["load_balancing_loss"]  # noqa: Y015
+    _WhichOneofArgType__load_balancing_loss: _TypeAlias = _typing.Literal["_load_balancing_loss", b"_load_balancing_loss"]  # noqa: Y015
+    _WhichOneofReturnType__regularisation_loss: _TypeAlias = _typing.Literal["regularisation_loss"]  # noqa: Y015
+    _WhichOneofArgType__regularisation_loss: _TypeAlias = _typing.Literal["_regularisation_loss", b"_regularisation_loss"]  # noqa: Y015
+    _WhichOneofReturnType__rollout_share: _TypeAlias = _typing.Literal["rollout_share"]  # noqa: Y015
+    _WhichOneofArgType__rollout_share: _TypeAlias = _typing.Literal["_rollout_share", b"_rollout_share"]  # noqa: Y015
+    _WhichOneofReturnType__router_entropy: _TypeAlias = _typing.Literal["router_entropy"]  # noqa: Y015
+    _WhichOneofArgType__router_entropy: _TypeAlias = _typing.Literal["_router_entropy", b"_router_entropy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_balancing_loss) -> _WhichOneofReturnType__load_balancing_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__regularisation_loss) -> _WhichOneofReturnType__regularisation_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollout_share) -> _WhichOneofReturnType__rollout_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__router_entropy) -> _WhichOneofReturnType__router_entropy | None: ...
 
 Global___StepMetrics: _TypeAlias = StepMetrics  # noqa: Y015
 
@@ -1173,6 +2259,8 @@ class TrainingJobEvent(_message.Message):
     VALIDATION_IMAGE_FIELD_NUMBER: _builtins.int
     VALIDATION_PROGRESS_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    VALIDATION_PREVIEW_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the job's history, from 1, without gaps. A snapshot carries the sequence up to which it is true."""
     @_builtins.property
@@ -1211,6 +2299,14 @@ class TrainingJobEvent(_message.Message):
     def notice(self) -> Global___JobNotice:
         """Something that a person should know; the job goes on."""
 
+    @_builtins.property
+    def evaluation(self) -> _measures_pb2.EvaluationResult:
+        """The loss on an evaluation dataset was measured."""
+
+    @_builtins.property
+    def validation_preview(self) -> Global___ValidationPreview:
+        """A validation picture is on its way."""
+
     def __init__(
         self,
         *,
@@ -1224,12 +2320,14 @@ class TrainingJobEvent(_message.Message):
         validation_image: Global___ValidationImage | None = ...,
         validation_progress: Global___ValidationProgress | None = ...,
         notice: Global___JobNotice | None = ...,
+        evaluation: _measures_pb2.EvaluationResult | None = ...,
+        validation_preview: Global___ValidationPreview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_progress", b"validation_progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "sequence", b"sequence", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_progress", b"validation_progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "sequence", b"sequence", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "preparation", "step", "checkpoint", "validation_image", "validation_progress", "notice"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "preparation", "step", "checkpoint", "validation_image", "validation_progress", "notice", "evaluation", "validation_preview"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -1351,6 +2449,8 @@ class ValidationImage(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    CLIP_SCORE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Optimiser steps done; 0 is the base model."""
     prompt_name: _builtins.str
@@ -1361,6 +2461,10 @@ class ValidationImage(_message.Message):
     """Width in pixels."""
     height: _builtins.int
     """Height in pixels."""
+    weights: _builtins.str
+    """`adapter`, or `ema` for the running average."""
+    clip_score: _builtins.float
+    """CLIP score against the prompt, 100 times the cosine; absent where it is not measured."""
     @_builtins.property
     def image(self) -> _common_pb2.ObjectRef:
         """The PNG in the store."""
@@ -1374,14 +2478,74 @@ class ValidationImage(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         image: _common_pb2.ObjectRef | None = ...,
+        weights: _builtins.str = ...,
+        clip_score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score", "clip_score", b"clip_score", "image", b"image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score", "clip_score", b"clip_score", "height", b"height", "image", b"image", "image_index", b"image_index", "prompt_name", b"prompt_name", "step", b"step", "weights", b"weights", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clip_score: _TypeAlias = _typing.Literal["clip_score"]  # noqa: Y015
+    _WhichOneofArgType__clip_score: _TypeAlias = _typing.Literal["_clip_score", b"_clip_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_score) -> _WhichOneofReturnType__clip_score | None: ...
+
+Global___ValidationImage: _TypeAlias = ValidationImage  # noqa: Y015
+
+@_typing.final
+class ValidationPreview(_message.Message):
+    """A validation picture before its last step, through the tiny decoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    PROMPT_NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    SAMPLING_STEP_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLING_STEPS_FIELD_NUMBER: _builtins.int
+    TIMESTEP_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Optimiser steps done."""
+    prompt_name: _builtins.str
+    """Name of the prompt."""
+    image_index: _builtins.int
+    """Index of the picture for this prompt and size, from 0."""
+    width: _builtins.int
+    """Width of the picture in pixels."""
+    height: _builtins.int
+    """Height of the picture in pixels."""
+    sampling_step: _builtins.int
+    """Sampling steps done, from 1."""
+    num_sampling_steps: _builtins.int
+    """Sampling steps in all."""
+    timestep: _builtins.float
+    """Timestep that the sampler was at, 0 to 1000."""
+    @_builtins.property
+    def image(self) -> _common_pb2.ObjectRef:
+        """The PNG in the store."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        prompt_name: _builtins.str = ...,
+        image_index: _builtins.int = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        sampling_step: _builtins.int = ...,
+        num_sampling_steps: _builtins.int = ...,
+        timestep: _builtins.float = ...,
+        image: _common_pb2.ObjectRef | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "image", b"image", "image_index", b"image_index", "prompt_name", b"prompt_name", "step", b"step", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "image", b"image", "image_index", b"image_index", "num_sampling_steps", b"num_sampling_steps", "prompt_name", b"prompt_name", "sampling_step", b"sampling_step", "step", b"step", "timestep", b"timestep", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ValidationImage: _TypeAlias = ValidationImage  # noqa: Y015
+Global___ValidationPreview: _TypeAlias = ValidationPreview  # noqa: Y015
 
 @_typing.final
 class ValidationProgress(_message.Message):
@@ -1453,6 +2617,9 @@ class JobEstimate(_message.Message):
     STORAGE_BYTES_FIELD_NUMBER: _builtins.int
     WORKER_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     TRAINING_TIME_FIELD_NUMBER: _builtins.int
+    WORKER_MEMORY_FIELD_NUMBER: _builtins.int
+    ENCODER_MEMORY_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
     steps_per_epoch: _builtins.int
     """Optimiser steps in one epoch."""
     storage_bytes: _builtins.int
@@ -1463,6 +2630,18 @@ class JobEstimate(_message.Message):
     def training_time(self) -> _duration_pb2.Duration:
         """Wall-clock time of training at the speed of the newest comparable job; absent when there is none."""
 
+    @_builtins.property
+    def worker_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """The parts that worker_memory_bytes is the sum of."""
+
+    @_builtins.property
+    def encoder_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """Bytes of memory that each encoder needs where it runs."""
+
+    @_builtins.property
+    def storage(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """What storage_bytes would be under each embedding_storage."""
+
     def __init__(
         self,
         *,
@@ -1470,11 +2649,40 @@ class JobEstimate(_message.Message):
         storage_bytes: _builtins.int = ...,
         worker_memory_bytes: _builtins.int = ...,
         training_time: _duration_pb2.Duration | None = ...,
+        worker_memory: _abc.Iterable[Global___EstimatePart] | None = ...,
+        encoder_memory: _abc.Iterable[Global___EstimatePart] | None = ...,
+        storage: _abc.Iterable[Global___EstimatePart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training_time", b"training_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps_per_epoch", b"steps_per_epoch", "storage_bytes", b"storage_bytes", "training_time", b"training_time", "worker_memory_bytes", b"worker_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder_memory", b"encoder_memory", "steps_per_epoch", b"steps_per_epoch", "storage", b"storage", "storage_bytes", b"storage_bytes", "training_time", b"training_time", "worker_memory", b"worker_memory", "worker_memory_bytes", b"worker_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobEstimate: _TypeAlias = JobEstimate  # noqa: Y015
+
+@_typing.final
+class EstimatePart(_message.Message):
+    """One part of an estimate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is."""
+    size_bytes: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimatePart: _TypeAlias = EstimatePart  # noqa: Y015

@@ -326,17 +326,81 @@ class CancelTrainingJobResponse(_message.Message):
 Global___CancelTrainingJobResponse: _TypeAlias = CancelTrainingJobResponse  # noqa: Y015
 
 @_typing.final
-class ResumeTrainingJobRequest(_message.Message):
-    """Takes a job up again."""
+class ForkTrainingJobRequest(_message.Message):
+    """Makes a new job out of another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ADAPTER_ONLY_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The other job."""
+    step: _builtins.int
+    """Its checkpoint, by step; 0 is the newest."""
+    adapter_only: _builtins.bool
+    """Take the adapter alone, and begin at step 0 with a fresh optimiser. Default false."""
+    request_id: _builtins.str
+    """At most 36 ASCII characters; see CreateTrainingJob."""
+    @_builtins.property
+    def spec(self) -> _job_pb2.TrainingJobSpec:
+        """The new job; absent takes the other one's spec. Its `start` is filled in by the server."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        adapter_only: _builtins.bool = ...,
+        spec: _job_pb2.TrainingJobSpec | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_only", b"adapter_only", "job_id", b"job_id", "request_id", b"request_id", "spec", b"spec", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkTrainingJobRequest: _TypeAlias = ForkTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class ForkTrainingJobResponse(_message.Message):
+    """The new job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.TrainingJob:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.TrainingJob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkTrainingJobResponse: _TypeAlias = ForkTrainingJobResponse  # noqa: Y015
+
+@_typing.final
+class RequestValidationRequest(_message.Message):
+    """Wants pictures now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """Its id."""
+    """The job's id."""
     request_id: _builtins.str
-    """At most 36 ASCII characters. A repetition returns the job as it is."""
+    """At most 36 ASCII characters. A repetition draws nothing more."""
     def __init__(
         self,
         *,
@@ -346,6 +410,60 @@ class ResumeTrainingJobRequest(_message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestValidationRequest: _TypeAlias = RequestValidationRequest  # noqa: Y015
+
+@_typing.final
+class RequestValidationResponse(_message.Message):
+    """The worker will be told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.TrainingJob:
+        """The job."""
+
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.TrainingJob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestValidationResponse: _TypeAlias = RequestValidationResponse  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingJobRequest(_message.Message):
+    """Takes a job up again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Its id."""
+    request_id: _builtins.str
+    """At most 36 ASCII characters. A repetition returns the job as it is."""
+    step: _builtins.int
+    """The checkpoint to go on from, by step; 0 is the newest. Later checkpoints are forgotten."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "request_id", b"request_id", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -802,6 +920,7 @@ class Sample(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     CAPTIONS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, for people: the file name. 1 to 255 characters, unique within the dataset."""
     @_builtins.property
@@ -814,20 +933,191 @@ class Sample(_message.Message):
         instance_prompt.
         """
 
+    @_builtins.property
+    def mask(self) -> _common_pb2.ObjectRef:
+        """The uploaded mask: an image of the same proportions. Absent: the whole picture counts."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         image: _common_pb2.ObjectRef | None = ...,
         captions: _abc.Iterable[_builtins.str] | None = ...,
+        mask: _common_pb2.ObjectRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "mask", b"mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "image", b"image", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "image", b"image", "mask", b"mask", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sample: _TypeAlias = Sample  # noqa: Y015
+
+@_typing.final
+class ImportSamplesRequest(_message.Message):
+    """Images to add where they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
+    URLS_FIELD_NUMBER: _builtins.int
+    dataset: _builtins.str
+    """Name of the dataset."""
+    request_id: _builtins.str
+    """At most 36 ASCII characters."""
+    @_builtins.property
+    def bucket(self) -> Global___BucketSource:
+        """A prefix of a bucket."""
+
+    @_builtins.property
+    def urls(self) -> Global___UrlSource:
+        """URLs with captions."""
+
+    def __init__(
+        self,
+        *,
+        dataset: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        bucket: Global___BucketSource | None = ...,
+        urls: Global___UrlSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "source", b"source", "urls", b"urls"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket", b"bucket", "dataset", b"dataset", "request_id", b"request_id", "source", b"source", "urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["bucket", "urls"]  # noqa: Y015
+    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+
+Global___ImportSamplesRequest: _TypeAlias = ImportSamplesRequest  # noqa: Y015
+
+@_typing.final
+class BucketSource(_message.Message):
+    """Images under a prefix of a bucket on the store's server; `<stem>.txt` beside an image holds its captions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUCKET_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    CAPTION_STRATEGY_FIELD_NUMBER: _builtins.int
+    bucket: _builtins.str
+    """The bucket."""
+    prefix: _builtins.str
+    """The prefix, with its final `/`; empty is the whole bucket."""
+    caption_strategy: _builtins.str
+    """Where captions come from: `textfile` or `filename`. Default `textfile`."""
+    def __init__(
+        self,
+        *,
+        bucket: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+        caption_strategy: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy", "caption_strategy", b"caption_strategy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy", "bucket", b"bucket", "caption_strategy", b"caption_strategy", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__caption_strategy: _TypeAlias = _typing.Literal["caption_strategy"]  # noqa: Y015
+    _WhichOneofArgType__caption_strategy: _TypeAlias = _typing.Literal["_caption_strategy", b"_caption_strategy"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_strategy) -> _WhichOneofReturnType__caption_strategy | None: ...
+
+Global___BucketSource: _TypeAlias = BucketSource  # noqa: Y015
+
+@_typing.final
+class UrlSource(_message.Message):
+    """Images on the web."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___UrlImage]:
+        """1 to 10,000 images."""
+
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[Global___UrlImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UrlSource: _TypeAlias = UrlSource  # noqa: Y015
+
+@_typing.final
+class UrlImage(_message.Message):
+    """One image on the web."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    CAPTIONS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """https, on a host that the trainer allows."""
+    name: _builtins.str
+    """Name of the sample. Default: the last part of the URL's path."""
+    @_builtins.property
+    def captions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Captions; see Sample."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        captions: _abc.Iterable[_builtins.str] | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "name", b"name", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UrlImage: _TypeAlias = UrlImage  # noqa: Y015
+
+@_typing.final
+class ImportSamplesResponse(_message.Message):
+    """How far the import is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_DONE_FIELD_NUMBER: _builtins.int
+    NUM_TOTAL_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    num_done: _builtins.int
+    """Images read so far."""
+    num_total: _builtins.int
+    """Images in all."""
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.RejectedSample]:
+        """What could not be read, and why."""
+
+    @_builtins.property
+    def dataset(self) -> Global___Dataset:
+        """The dataset; only in the last response."""
+
+    def __init__(
+        self,
+        *,
+        num_done: _builtins.int = ...,
+        num_total: _builtins.int = ...,
+        rejected: _abc.Iterable[_job_pb2.RejectedSample] | None = ...,
+        dataset: Global___Dataset | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "num_done", b"num_done", "num_total", b"num_total", "rejected", b"rejected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportSamplesResponse: _TypeAlias = ImportSamplesResponse  # noqa: Y015
 
 @_typing.final
 class AddSamplesResponse(_message.Message):
@@ -1195,16 +1485,20 @@ class ReportProgressResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SHOULD_STOP_FIELD_NUMBER: _builtins.int
+    NUM_VALIDATION_REQUESTS_FIELD_NUMBER: _builtins.int
     should_stop: _builtins.bool
     """Save a checkpoint, complete with WORKER_OUTCOME_STOPPED, and exit."""
+    num_validation_requests: _builtins.int
+    """Draw pictures after the current step; counts the requests so far, so that a worker sees a new one."""
     def __init__(
         self,
         *,
         should_stop: _builtins.bool = ...,
+        num_validation_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["should_stop", b"should_stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_validation_requests", b"num_validation_requests", "should_stop", b"should_stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1222,6 +1516,7 @@ class CompleteJobRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     LYCORIS_CONFIG_FIELD_NUMBER: _builtins.int
+    EMA_ADAPTER_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease."""
     outcome: Global___WorkerOutcome.ValueType
@@ -1242,6 +1537,10 @@ class CompleteJobRequest(_message.Message):
     def lycoris_config(self) -> _common_pb2.ObjectRef:
         """The adapter's LyCORIS configuration as a JSON file, on success."""
 
+    @_builtins.property
+    def ema_adapter(self) -> _common_pb2.ObjectRef:
+        """The exported running average, on success, where the job has one."""
+
     def __init__(
         self,
         *,
@@ -1251,10 +1550,11 @@ class CompleteJobRequest(_message.Message):
         adapter: _common_pb2.ObjectRef | None = ...,
         metrics: _common_pb2.ObjectRef | None = ...,
         lycoris_config: _common_pb2.ObjectRef | None = ...,
+        ema_adapter: _common_pb2.ObjectRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "lycoris_config", b"lycoris_config", "metrics", b"metrics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "ema_adapter", b"ema_adapter", "failure", b"failure", "lycoris_config", b"lycoris_config", "metrics", b"metrics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "failure", b"failure", "lease_id", b"lease_id", "lycoris_config", b"lycoris_config", "metrics", b"metrics", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "ema_adapter", b"ema_adapter", "failure", b"failure", "lease_id", b"lease_id", "lycoris_config", b"lycoris_config", "metrics", b"metrics", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

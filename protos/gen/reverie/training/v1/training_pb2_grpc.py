@@ -80,6 +80,16 @@ class TrainingServiceStub:
                 request_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ListArtifactsRequest.SerializeToString,
                 response_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ListArtifactsResponse.FromString,
                 _registered_method=True)
+        self.ForkTrainingJob = channel.unary_unary(
+                '/reverie.training.v1.TrainingService/ForkTrainingJob',
+                request_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobRequest.SerializeToString,
+                response_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobResponse.FromString,
+                _registered_method=True)
+        self.RequestValidation = channel.unary_unary(
+                '/reverie.training.v1.TrainingService/RequestValidation',
+                request_serializer=reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationRequest.SerializeToString,
+                response_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -150,6 +160,20 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkTrainingJob(self, request, context):
+        """Makes a new job out of another one: its spec with changes, beginning at one of its checkpoints.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestValidation(self, request, context):
+        """Has the pictures of a job in training drawn now, after the step that it is at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -197,6 +221,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.ListArtifacts,
                     request_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ListArtifactsRequest.FromString,
                     response_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ListArtifactsResponse.SerializeToString,
+            ),
+            'ForkTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkTrainingJob,
+                    request_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobRequest.FromString,
+                    response_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobResponse.SerializeToString,
+            ),
+            'RequestValidation': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestValidation,
+                    request_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationRequest.FromString,
+                    response_serializer=reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -453,6 +487,60 @@ class TrainingService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ForkTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reverie.training.v1.TrainingService/ForkTrainingJob',
+            reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobRequest.SerializeToString,
+            reverie_dot_training_dot_v1_dot_training__pb2.ForkTrainingJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reverie.training.v1.TrainingService/RequestValidation',
+            reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationRequest.SerializeToString,
+            reverie_dot_training_dot_v1_dot_training__pb2.RequestValidationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class DatasetServiceStub:
     """Datasets: images and captions under a name.
@@ -478,6 +566,11 @@ class DatasetServiceStub:
                 '/reverie.training.v1.DatasetService/AddSamples',
                 request_serializer=reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesRequest.SerializeToString,
                 response_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesResponse.FromString,
+                _registered_method=True)
+        self.ImportSamples = channel.unary_stream(
+                '/reverie.training.v1.DatasetService/ImportSamples',
+                request_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesRequest.SerializeToString,
+                response_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesResponse.FromString,
                 _registered_method=True)
         self.GetDataset = channel.unary_unary(
                 '/reverie.training.v1.DatasetService/GetDataset',
@@ -522,6 +615,14 @@ class DatasetServiceServicer:
 
     def AddSamples(self, request_iterator, context):
         """Adds samples whose images have been uploaded. A sample of the same name is replaced. All or nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSamples(self, request, context):
+        """Adds images where they are: from buckets of the store's server or from URLs, on buckets and hosts that the trainer
+        allows. Streams progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -572,6 +673,11 @@ def add_DatasetServiceServicer_to_server(servicer, server):
                     servicer.AddSamples,
                     request_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesRequest.FromString,
                     response_serializer=reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesResponse.SerializeToString,
+            ),
+            'ImportSamples': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportSamples,
+                    request_deserializer=reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesRequest.FromString,
+                    response_serializer=reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesResponse.SerializeToString,
             ),
             'GetDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDataset,
@@ -676,6 +782,33 @@ class DatasetService:
             '/reverie.training.v1.DatasetService/AddSamples',
             reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesRequest.SerializeToString,
             reverie_dot_training_dot_v1_dot_training__pb2.AddSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/reverie.training.v1.DatasetService/ImportSamples',
+            reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesRequest.SerializeToString,
+            reverie_dot_training_dot_v1_dot_training__pb2.ImportSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,10 @@ class TrainingServiceStub:
     """Lists a job's checkpoints, newest first."""
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListArtifactsRequest, _training_pb2.ListArtifactsResponse]
     """Lists what a job made, with URLs to download it from."""
+    ForkTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.ForkTrainingJobRequest, _training_pb2.ForkTrainingJobResponse]
+    """Makes a new job out of another one: its spec with changes, beginning at one of its checkpoints."""
+    RequestValidation: _grpc.UnaryUnaryMultiCallable[_training_pb2.RequestValidationRequest, _training_pb2.RequestValidationResponse]
+    """Has the pictures of a job in training drawn now, after the step that it is at."""
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -79,6 +83,10 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Lists a job's checkpoints, newest first."""
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_training_pb2.ListArtifactsRequest, _training_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """Lists what a job made, with URLs to download it from."""
+    ForkTrainingJob: _aio.UnaryUnaryMultiCallable[_training_pb2.ForkTrainingJobRequest, _training_pb2.ForkTrainingJobResponse]  # type: ignore[assignment]
+    """Makes a new job out of another one: its spec with changes, beginning at one of its checkpoints."""
+    RequestValidation: _aio.UnaryUnaryMultiCallable[_training_pb2.RequestValidationRequest, _training_pb2.RequestValidationResponse]  # type: ignore[assignment]
+    """Has the pictures of a job in training drawn now, after the step that it is at."""
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Training jobs."""
@@ -157,6 +165,22 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_pb2.ListArtifactsResponse, _abc.Awaitable[_training_pb2.ListArtifactsResponse]]:
         """Lists what a job made, with URLs to download it from."""
 
+    @_abc_1.abstractmethod
+    def ForkTrainingJob(
+        self,
+        request: _training_pb2.ForkTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ForkTrainingJobResponse, _abc.Awaitable[_training_pb2.ForkTrainingJobResponse]]:
+        """Makes a new job out of another one: its spec with changes, beginning at one of its checkpoints."""
+
+    @_abc_1.abstractmethod
+    def RequestValidation(
+        self,
+        request: _training_pb2.RequestValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.RequestValidationResponse, _abc.Awaitable[_training_pb2.RequestValidationResponse]]:
+        """Has the pictures of a job in training drawn now, after the step that it is at."""
+
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class DatasetServiceStub:
@@ -174,6 +198,10 @@ class DatasetServiceStub:
     """
     AddSamples: _grpc.StreamUnaryMultiCallable[_training_pb2.AddSamplesRequest, _training_pb2.AddSamplesResponse]
     """Adds samples whose images have been uploaded. A sample of the same name is replaced. All or nothing."""
+    ImportSamples: _grpc.UnaryStreamMultiCallable[_training_pb2.ImportSamplesRequest, _training_pb2.ImportSamplesResponse]
+    """Adds images where they are: from buckets of the store's server or from URLs, on buckets and hosts that the trainer
+    allows. Streams progress.
+    """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetDatasetRequest, _training_pb2.GetDatasetResponse]
     """Returns one dataset."""
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListDatasetsRequest, _training_pb2.ListDatasetsResponse]
@@ -196,6 +224,10 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """
     AddSamples: _aio.StreamUnaryMultiCallable[_training_pb2.AddSamplesRequest, _training_pb2.AddSamplesResponse]  # type: ignore[assignment]
     """Adds samples whose images have been uploaded. A sample of the same name is replaced. All or nothing."""
+    ImportSamples: _aio.UnaryStreamMultiCallable[_training_pb2.ImportSamplesRequest, _training_pb2.ImportSamplesResponse]  # type: ignore[assignment]
+    """Adds images where they are: from buckets of the store's server or from URLs, on buckets and hosts that the trainer
+    allows. Streams progress.
+    """
     GetDataset: _aio.UnaryUnaryMultiCallable[_training_pb2.GetDatasetRequest, _training_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Returns one dataset."""
     ListDatasets: _aio.UnaryUnaryMultiCallable[_training_pb2.ListDatasetsRequest, _training_pb2.ListDatasetsResponse]  # type: ignore[assignment]
@@ -233,6 +265,16 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.AddSamplesResponse, _abc.Awaitable[_training_pb2.AddSamplesResponse]]:
         """Adds samples whose images have been uploaded. A sample of the same name is replaced. All or nothing."""
+
+    @_abc_1.abstractmethod
+    def ImportSamples(
+        self,
+        request: _training_pb2.ImportSamplesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.ImportSamplesResponse], _abc.AsyncIterator[_training_pb2.ImportSamplesResponse]]:
+        """Adds images where they are: from buckets of the store's server or from URLs, on buckets and hosts that the trainer
+        allows. Streams progress.
+        """
 
     @_abc_1.abstractmethod
     def GetDataset(

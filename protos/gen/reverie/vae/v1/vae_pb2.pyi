@@ -369,6 +369,118 @@ class DecodeLatentsResponse(_message.Message):
 Global___DecodeLatentsResponse: _TypeAlias = DecodeLatentsResponse  # noqa: Y015
 
 @_typing.final
+class PreviewLatentsRequest(_message.Message):
+    """Latents to preview."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LATENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def latents(self) -> _common_pb2.TensorRef:
+        """[N, 16, height/8, width/8] with N from 1 to 16, scaled as the transformer sees them."""
+
+    def __init__(
+        self,
+        *,
+        latents: _common_pb2.TensorRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewLatentsRequest: _TypeAlias = PreviewLatentsRequest  # noqa: Y015
+
+@_typing.final
+class PreviewLatentsResponse(_message.Message):
+    """The previews."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ObjectRef]:
+        """One PNG for each latent, in order."""
+
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[_common_pb2.ObjectRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewLatentsResponse: _TypeAlias = PreviewLatentsResponse  # noqa: Y015
+
+@_typing.final
+class EncodeMasksRequest(_message.Message):
+    """Masks to encode."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def masks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePlan]:
+        """1 to 1024 mask files, with the plans of their images."""
+
+    def __init__(
+        self,
+        *,
+        masks: _abc.Iterable[Global___ImagePlan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["masks", b"masks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeMasksRequest: _TypeAlias = EncodeMasksRequest  # noqa: Y015
+
+@_typing.final
+class EncodeMasksResponse(_message.Message):
+    """One mask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASK_INDEX_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    REJECTION_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    mask_index: _builtins.int
+    """Index into the request's masks."""
+    cached: _builtins.bool
+    """True when the store already held it."""
+    @_builtins.property
+    def mask(self) -> _common_pb2.TensorRef:
+        """[1, height/8, width/8] float32, 0 to 1: the mean over the mask image's channels, averaged over each area."""
+
+    @_builtins.property
+    def rejection(self) -> Global___ImageRejection:
+        """The mask cannot be used."""
+
+    def __init__(
+        self,
+        *,
+        mask_index: _builtins.int = ...,
+        mask: _common_pb2.TensorRef | None = ...,
+        rejection: Global___ImageRejection | None = ...,
+        cached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "outcome", b"outcome", "rejection", b"rejection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "mask", b"mask", "mask_index", b"mask_index", "outcome", b"outcome", "rejection", b"rejection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["mask", "rejection"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___EncodeMasksResponse: _TypeAlias = EncodeMasksResponse  # noqa: Y015
+
+@_typing.final
 class DescribeVaeRequest(_message.Message):
     """Asks what this process holds."""
 
@@ -397,6 +509,7 @@ class DescribeVaeResponse(_message.Message):
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
     SCALING_FACTOR_FIELD_NUMBER: _builtins.int
     SHIFT_FACTOR_FIELD_NUMBER: _builtins.int
+    PREVIEW_FINGERPRINT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Hex sha256 over weights, configuration, dtype, scaling and code version: everything that latents depend on besides the
     image and its plan.
@@ -411,6 +524,8 @@ class DescribeVaeResponse(_message.Message):
     """scaling_factor of the VAE (0.3611 for HiDream)."""
     shift_factor: _builtins.float
     """shift_factor of the VAE (0.1159 for HiDream)."""
+    preview_fingerprint: _builtins.str
+    """Hex sha256 over the tiny decoder's weights and configuration; empty where there is none."""
     def __init__(
         self,
         *,
@@ -420,10 +535,11 @@ class DescribeVaeResponse(_message.Message):
         max_pixels: _builtins.int = ...,
         scaling_factor: _builtins.float = ...,
         shift_factor: _builtins.float = ...,
+        preview_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_pixels", b"max_pixels", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_pixels", b"max_pixels", "preview_fingerprint", b"preview_fingerprint", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

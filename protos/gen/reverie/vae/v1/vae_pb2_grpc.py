@@ -50,6 +50,16 @@ class VaeServiceStub:
                 request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsRequest.SerializeToString,
                 response_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsResponse.FromString,
                 _registered_method=True)
+        self.PreviewLatents = channel.unary_unary(
+                '/reverie.vae.v1.VaeService/PreviewLatents',
+                request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsRequest.SerializeToString,
+                response_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsResponse.FromString,
+                _registered_method=True)
+        self.EncodeMasks = channel.unary_stream(
+                '/reverie.vae.v1.VaeService/EncodeMasks',
+                request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksRequest.SerializeToString,
+                response_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksResponse.FromString,
+                _registered_method=True)
         self.DescribeVae = channel.unary_unary(
                 '/reverie.vae.v1.VaeService/DescribeVae',
                 request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeRequest.SerializeToString,
@@ -84,6 +94,21 @@ class VaeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PreviewLatents(self, request, context):
+        """Decodes scaled latents to small PNG images through the tiny decoder: fast, and only for looking at.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeMasks(self, request, context):
+        """Brings masks to their bucket as EncodeImages does with images, and down to latent size; streams one response for each
+        mask, in any order. Results are content-addressed. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeVae(self, request, context):
         """Says which VAE this process holds, how, and with which weights.
         """
@@ -108,6 +133,16 @@ def add_VaeServiceServicer_to_server(servicer, server):
                     servicer.DecodeLatents,
                     request_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsRequest.FromString,
                     response_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsResponse.SerializeToString,
+            ),
+            'PreviewLatents': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewLatents,
+                    request_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsRequest.FromString,
+                    response_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsResponse.SerializeToString,
+            ),
+            'EncodeMasks': grpc.unary_stream_rpc_method_handler(
+                    servicer.EncodeMasks,
+                    request_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksRequest.FromString,
+                    response_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksResponse.SerializeToString,
             ),
             'DescribeVae': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeVae,
@@ -197,6 +232,60 @@ class VaeService:
             '/reverie.vae.v1.VaeService/DecodeLatents',
             reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsRequest.SerializeToString,
             reverie_dot_vae_dot_v1_dot_vae__pb2.DecodeLatentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewLatents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reverie.vae.v1.VaeService/PreviewLatents',
+            reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsRequest.SerializeToString,
+            reverie_dot_vae_dot_v1_dot_vae__pb2.PreviewLatentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeMasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/reverie.vae.v1.VaeService/EncodeMasks',
+            reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksRequest.SerializeToString,
+            reverie_dot_vae_dot_v1_dot_vae__pb2.EncodeMasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

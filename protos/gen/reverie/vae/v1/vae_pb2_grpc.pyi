@@ -43,6 +43,12 @@ class VaeServiceStub:
     """
     DecodeLatents: _grpc.UnaryUnaryMultiCallable[_vae_pb2.DecodeLatentsRequest, _vae_pb2.DecodeLatentsResponse]
     """Decodes scaled latents to PNG images in the store."""
+    PreviewLatents: _grpc.UnaryUnaryMultiCallable[_vae_pb2.PreviewLatentsRequest, _vae_pb2.PreviewLatentsResponse]
+    """Decodes scaled latents to small PNG images through the tiny decoder: fast, and only for looking at."""
+    EncodeMasks: _grpc.UnaryStreamMultiCallable[_vae_pb2.EncodeMasksRequest, _vae_pb2.EncodeMasksResponse]
+    """Brings masks to their bucket as EncodeImages does with images, and down to latent size; streams one response for each
+    mask, in any order. Results are content-addressed. Safe to repeat.
+    """
     DescribeVae: _grpc.UnaryUnaryMultiCallable[_vae_pb2.DescribeVaeRequest, _vae_pb2.DescribeVaeResponse]
     """Says which VAE this process holds, how, and with which weights."""
 
@@ -61,6 +67,12 @@ class VaeServiceAsyncStub(VaeServiceStub):
     """
     DecodeLatents: _aio.UnaryUnaryMultiCallable[_vae_pb2.DecodeLatentsRequest, _vae_pb2.DecodeLatentsResponse]  # type: ignore[assignment]
     """Decodes scaled latents to PNG images in the store."""
+    PreviewLatents: _aio.UnaryUnaryMultiCallable[_vae_pb2.PreviewLatentsRequest, _vae_pb2.PreviewLatentsResponse]  # type: ignore[assignment]
+    """Decodes scaled latents to small PNG images through the tiny decoder: fast, and only for looking at."""
+    EncodeMasks: _aio.UnaryStreamMultiCallable[_vae_pb2.EncodeMasksRequest, _vae_pb2.EncodeMasksResponse]  # type: ignore[assignment]
+    """Brings masks to their bucket as EncodeImages does with images, and down to latent size; streams one response for each
+    mask, in any order. Results are content-addressed. Safe to repeat.
+    """
     DescribeVae: _aio.UnaryUnaryMultiCallable[_vae_pb2.DescribeVaeRequest, _vae_pb2.DescribeVaeResponse]  # type: ignore[assignment]
     """Says which VAE this process holds, how, and with which weights."""
 
@@ -94,6 +106,24 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vae_pb2.DecodeLatentsResponse, _abc.Awaitable[_vae_pb2.DecodeLatentsResponse]]:
         """Decodes scaled latents to PNG images in the store."""
+
+    @_abc_1.abstractmethod
+    def PreviewLatents(
+        self,
+        request: _vae_pb2.PreviewLatentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vae_pb2.PreviewLatentsResponse, _abc.Awaitable[_vae_pb2.PreviewLatentsResponse]]:
+        """Decodes scaled latents to small PNG images through the tiny decoder: fast, and only for looking at."""
+
+    @_abc_1.abstractmethod
+    def EncodeMasks(
+        self,
+        request: _vae_pb2.EncodeMasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_vae_pb2.EncodeMasksResponse], _abc.AsyncIterator[_vae_pb2.EncodeMasksResponse]]:
+        """Brings masks to their bucket as EncodeImages does with images, and down to latent size; streams one response for each
+        mask, in any order. Results are content-addressed. Safe to repeat.
+        """
 
     @_abc_1.abstractmethod
     def DescribeVae(

@@ -3,8 +3,8 @@
 import pytest
 from google.protobuf.json_format import ParseDict
 from reverie.training.v1 import job_pb2
+from reverie_trainer.jobs.checks import check_dataset_name, check_spec, picture_size
 from reverie_trainer.jobs.spec import spec_from_proto
-from reverie_trainer.jobs.spec_checks import check_dataset_name, check_spec, picture_size
 
 MINIMAL: dict[str, object] = {
     "name": "cats",

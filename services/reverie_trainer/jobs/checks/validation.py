@@ -1,0 +1,57 @@
+"""What may be said of the pictures."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from reverie_common.errors import FieldViolation
+
+from reverie_trainer.jobs.checks.rules import PROMPT_NAME, between, name, real, repeated, text, violation
+from reverie_trainer.jobs.spec import Validation, ValidationPrompt
+
+MAX_PROMPTS = 100
+
+_PICTURE_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+def picture_size(text: str) -> tuple[int, int] | None:
+    """Return (width, height) in pixels of `WIDTHxHEIGHT`, None for anything else."""
+    match = _PICTURE_SIZE.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def check_validation(validation: Validation) -> Iterator[FieldViolation]:
+    """Yield what is wrong with the validation."""
+    path = "validation"
+    if not validation.prompts:
+        yield violation(f"{path}.prompts", "no prompt is given; give at least one, or leave validation out")
+    if len(validation.prompts) > MAX_PROMPTS:
+        yield violation(f"{path}.prompts", f"{len(validation.prompts)} prompts are above {MAX_PROMPTS}; give fewer")
+    yield from _prompts(f"{path}.prompts", validation.prompts)
+    for index, size in enumerate(validation.resolutions):
+        yield from _picture_size(f"{path}.resolutions[{index}]", size)
+    yield from repeated(f"{path}.resolutions", validation.resolutions)
+    yield from between(f"{path}.num_inference_steps", validation.num_inference_steps, 1, 200, "sampling steps")
+    yield from real(f"{path}.guidance_scale", validation.guidance_scale, at_least=0.0, at_most=100.0)
+    yield from text(f"{path}.negative_prompt", validation.negative_prompt)
+    yield from between(f"{path}.num_images", validation.num_images, 1, 10, "pictures")
+    yield from real(f"{path}.adapter_strength", validation.adapter_strength, at_least=-10.0, at_most=10.0)
+
+
+def _prompts(path: str, prompts: Sequence[ValidationPrompt]) -> Iterator[FieldViolation]:
+    for index, prompt in enumerate(prompts):
+        yield from name(f"{path}[{index}].name", prompt.name, PROMPT_NAME, "[a-z0-9_-]")
+        yield from text(f"{path}[{index}].prompt", prompt.prompt)
+    yield from repeated(path, [prompt.name for prompt in prompts])
+
+
+def _picture_size(path: str, text: str) -> Iterator[FieldViolation]:
+    size = picture_size(text)
+    if size is None:
+        yield violation(path, f"{text!r} is no picture size; write WIDTHxHEIGHT, for instance 1024x1024")
+        return
+    for pixels, side in zip(size, ("width", "height"), strict=True):
+        if pixels % 16 != 0:
+            nearest = max(64, 16 * round(pixels / 16))
+            yield violation(path, f"{side} {pixels} of {text!r} is no multiple of 16; use {nearest}")
+        elif not 64 <= pixels <= 4096:
+            yield violation(path, f"{side} {pixels} of {text!r} is outside 64 to 4096 pixels")
