@@ -43,7 +43,7 @@ def fill_message(message: Message, record: Any) -> None:
 
 
 @cache
-def _record_types(record_class: type) -> dict[str, type | None]:
+def _record_types(record_class: Any) -> dict[str, type | None]:
     """The fields of a dataclass, each with the dataclass that it is made of, None for plain values."""
     hints = get_type_hints(record_class)
     return {item.name: _dataclass_in(hints[item.name]) for item in fields(record_class)}
