@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
 from reverie_common.errors import FailedPreconditionError
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.events import append, append_notice, now, unknown_job
@@ -28,6 +28,7 @@ from reverie_trainer.jobs.records import (
     is_at_rest,
     new_job_id,
     read_record,
+    read_spec,
     seconds_since,
     state_name,
     write_record,
@@ -53,11 +54,13 @@ class ActiveJob:
     starts_without_progress: int
 
 
-def create_job(session: Session, spec: job_pb2.TrainingJobSpec, dataset_versions: Mapping[str, str]) -> JobRow:
-    """Accept a job."""
+def create_job(
+    session: Session, spec: job_pb2.TrainingJobSpec, dataset_versions: Mapping[str, str], job_id: str | None = None
+) -> JobRow:
+    """Accept a job, under an id that was chosen before or under a new one."""
     record = job_pb2.TrainingJob(create_time=now())
     row = JobRow(
-        job_id=new_job_id(),
+        job_id=job_id or new_job_id(),
         state=QUEUED,
         spec=spec.SerializeToString(deterministic=True),
         record=record.SerializeToString(),
@@ -224,6 +227,34 @@ def resume_job(session: Session, job_id: str) -> JobRow:
     row.cancel_time = None
     row.starts_without_progress = 0
     transition(session, row, QUEUED, "resumed by request")
+    return row
+
+
+def forget_checkpoints_after(session: Session, job_id: str, step: int) -> None:
+    """Forget what a job saved after a step."""
+    session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.step > step))
+
+
+def request_validation(session: Session, job_id: str) -> JobRow:
+    """Note that pictures are wanted now; the worker learns it with its next report.
+
+    Raises:
+        FailedPreconditionError: the job is not in TRAINING, or has no validation.
+    """
+    row = get_job(session, job_id)
+    if row.state != TRAINING:
+        raise _wrong_state(row, "asked for pictures; only a job in TRAINING can be")
+    if not read_spec(row).HasField("validation"):
+        raise FailedPreconditionError(
+            f"job {job_id} has no validation, so there are no prompts to draw; draw with `reverie sample` and one of its "
+            "checkpoints' adapters",
+            reason="NO_VALIDATION",
+            metadata={"job_id": job_id},
+        )
+    record = read_record(row)
+    record.num_validation_requests += 1
+    write_record(row, record)
+    append_notice(session, row, INFO, "VALIDATION_REQUESTED", "pictures are drawn after the current step")
     return row
 
 

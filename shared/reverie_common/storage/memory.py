@@ -50,6 +50,10 @@ class MemoryStore:
         with self._lock:
             self._objects[require_key(key)] = bytes(body)
 
+    def copy(self, source_key: str, key: str) -> None:
+        """See ObjectStore."""
+        self.replace(key, self.get(source_key))
+
     def head(self, key: str) -> ObjectInfo | None:
         """See ObjectStore."""
         body = self._objects.get(require_key(key))

@@ -69,6 +69,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def copy(self, source_key: str, key: str) -> None:
+        """Write an object's bytes under another key too, inside the store; what was there is replaced.
+
+        Raises:
+            ObjectNotFoundError: there is no source.
+            StoreFullError: no room is left.
+        """
+        ...
+
     def head(self, key: str) -> ObjectInfo | None:
         """Tell an object's size without reading it; None if there is none."""
         ...

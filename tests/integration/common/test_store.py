@@ -45,6 +45,20 @@ def test_replacing_overwrites(store: ObjectStore) -> None:
     assert store.get("a") == b"second"
 
 
+def test_copies_an_object_and_keeps_its_source(store: ObjectStore) -> None:
+    body = bytes(range(256)) * 1000
+    store.create("a/source", body)
+    store.create("b/target", b"older")
+    store.copy("a/source", "b/target")
+    assert store.get("b/target", sha256=hashlib.sha256(body).hexdigest()) == body == store.get("a/source")
+
+
+def test_a_copy_of_nothing_names_the_source(store: ObjectStore) -> None:
+    with pytest.raises(ObjectNotFoundError, match="nowhere"):
+        store.copy("nowhere", "target")
+    assert store.head("target") is None
+
+
 @pytest.mark.parametrize("body", [b"", b"x", bytearray(b"buffer"), memoryview(b"_view_")[1:5]])
 def test_takes_bodies_of_every_kind(store: ObjectStore, body: bytes | bytearray | memoryview) -> None:
     assert store.create("created", body)

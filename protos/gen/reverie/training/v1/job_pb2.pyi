@@ -1829,6 +1829,7 @@ class TrainingJob(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     EMA_ADAPTER_FIELD_NUMBER: _builtins.int
+    NUM_VALIDATION_REQUESTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """`job-` and 12 hex digits; given by the server."""
     state: Global___TrainingJobState.ValueType
@@ -1839,6 +1840,8 @@ class TrainingJob(_message.Message):
     """Times that a worker was started for it."""
     last_sequence: _builtins.int
     """Sequence number of its newest event."""
+    num_validation_requests: _builtins.int
+    """Times that pictures were asked for by RequestValidation."""
     @_builtins.property
     def spec(self) -> Global___TrainingJobSpec:
         """What was asked for, with every default filled in."""
@@ -1907,10 +1910,11 @@ class TrainingJob(_message.Message):
         last_sequence: _builtins.int = ...,
         evaluations: _abc.Iterable[_measures_pb2.EvaluationResult] | None = ...,
         ema_adapter: _common_pb2.ObjectRef | None = ...,
+        num_validation_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "ema_adapter", b"ema_adapter", "end_time", b"end_time", "failure", b"failure", "metrics", b"metrics", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "ema_adapter", b"ema_adapter", "end_time", b"end_time", "evaluations", b"evaluations", "failure", b"failure", "job_id", b"job_id", "last_sequence", b"last_sequence", "metrics", b"metrics", "num_worker_starts", b"num_worker_starts", "phases", b"phases", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time", "state", b"state", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_report", b"adapter_report", "create_time", b"create_time", "ema_adapter", b"ema_adapter", "end_time", b"end_time", "evaluations", b"evaluations", "failure", b"failure", "job_id", b"job_id", "last_sequence", b"last_sequence", "metrics", b"metrics", "num_validation_requests", b"num_validation_requests", "num_worker_starts", b"num_worker_starts", "phases", b"phases", "preparation", b"preparation", "spec", b"spec", "start_time", b"start_time", "state", b"state", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
