@@ -65,6 +65,7 @@ class TensorRef(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
+    RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """Where the object is: `s3://<bucket>/<key>`."""
     name: _builtins.str
@@ -76,7 +77,11 @@ class TensorRef(_message.Message):
     sha256: _builtins.str
     """Lower-case hex sha256 of the stored object. Readers verify it."""
     encoding: _builtins.str
-    """How the values are stored: empty or `exact` as they are, `int8-groups-32` as int8 with a scale for each 32 values."""
+    """How the values are stored: empty or `exact` as they are, `int8-groups-32` as int8 with a scale for each 32 values.
+    Whoever reads the tensor gets the values back in `dtype`.
+    """
+    relative_error: _builtins.float
+    """What `encoding` changed: norm of the difference over norm, over the whole tensor; 0 where nothing."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape, outermost dimension first."""
@@ -91,10 +96,11 @@ class TensorRef(_message.Message):
         size_bytes: _builtins.int = ...,
         sha256: _builtins.str = ...,
         encoding: _builtins.str = ...,
+        relative_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "encoding", b"encoding", "name", b"name", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "encoding", b"encoding", "name", b"name", "relative_error", b"relative_error", "sha256", b"sha256", "shape", b"shape", "size_bytes", b"size_bytes", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2051,6 +2051,7 @@ class PreparationReport(_message.Message):
     BUCKETS_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     SAMPLES_PER_EPOCH_FIELD_NUMBER: _builtins.int
+    EMBEDDING_ERRORS_FIELD_NUMBER: _builtins.int
     num_images: _builtins.int
     """Images that will be trained on."""
     num_images_cached: _builtins.int
@@ -2073,6 +2074,10 @@ class PreparationReport(_message.Message):
     def truncated(self) -> _containers.RepeatedCompositeFieldContainer[Global___TruncatedCaption]:
         """Captions of which some encoder saw only the beginning."""
 
+    @_builtins.property
+    def embedding_errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbeddingError]:
+        """What `compact` changed in the embeddings, by encoder; empty where nothing."""
+
     def __init__(
         self,
         *,
@@ -2084,14 +2089,45 @@ class PreparationReport(_message.Message):
         buckets: _abc.Iterable[Global___BucketReport] | None = ...,
         truncated: _abc.Iterable[Global___TruncatedCaption] | None = ...,
         samples_per_epoch: _builtins.int = ...,
+        embedding_errors: _abc.Iterable[Global___EmbeddingError] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "num_images", b"num_images", "num_images_cached", b"num_images_cached", "num_prompts", b"num_prompts", "num_prompts_cached", b"num_prompts_cached", "rejected", b"rejected", "samples_per_epoch", b"samples_per_epoch", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "embedding_errors", b"embedding_errors", "num_images", b"num_images", "num_images_cached", b"num_images_cached", "num_prompts", b"num_prompts", "num_prompts_cached", b"num_prompts_cached", "rejected", b"rejected", "samples_per_epoch", b"samples_per_epoch", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PreparationReport: _TypeAlias = PreparationReport  # noqa: Y015
+
+@_typing.final
+class EmbeddingError(_message.Message):
+    """What storing changed in one encoder's embeddings: norm of the difference over norm, for each prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODER_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    encoder: _builtins.str
+    """The encoder: `t5` or `llama`."""
+    mean: _builtins.float
+    """Mean over the job's prompts."""
+    max: _builtins.float
+    """Largest of the job's prompts."""
+    def __init__(
+        self,
+        *,
+        encoder: _builtins.str = ...,
+        mean: _builtins.float = ...,
+        max: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder", "max", b"max", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbeddingError: _TypeAlias = EmbeddingError  # noqa: Y015
 
 @_typing.final
 class RejectedSample(_message.Message):
@@ -2624,6 +2660,7 @@ class JobEstimate(_message.Message):
     WORKER_MEMORY_FIELD_NUMBER: _builtins.int
     ENCODER_MEMORY_FIELD_NUMBER: _builtins.int
     STORAGE_FIELD_NUMBER: _builtins.int
+    STORAGE_PARTS_FIELD_NUMBER: _builtins.int
     steps_per_epoch: _builtins.int
     """Optimiser steps in one epoch."""
     storage_bytes: _builtins.int
@@ -2644,7 +2681,11 @@ class JobEstimate(_message.Message):
 
     @_builtins.property
     def storage(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
-        """What storage_bytes would be under each embedding_storage."""
+        """What storage_bytes would be under each embedding_storage: `exact`, `compact` and `on_demand`."""
+
+    @_builtins.property
+    def storage_parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimatePart]:
+        """The parts that storage_bytes is the sum of."""
 
     def __init__(
         self,
@@ -2656,10 +2697,11 @@ class JobEstimate(_message.Message):
         worker_memory: _abc.Iterable[Global___EstimatePart] | None = ...,
         encoder_memory: _abc.Iterable[Global___EstimatePart] | None = ...,
         storage: _abc.Iterable[Global___EstimatePart] | None = ...,
+        storage_parts: _abc.Iterable[Global___EstimatePart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["training_time", b"training_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder_memory", b"encoder_memory", "steps_per_epoch", b"steps_per_epoch", "storage", b"storage", "storage_bytes", b"storage_bytes", "training_time", b"training_time", "worker_memory", b"worker_memory", "worker_memory_bytes", b"worker_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder_memory", b"encoder_memory", "steps_per_epoch", b"steps_per_epoch", "storage", b"storage", "storage_bytes", b"storage_bytes", "storage_parts", b"storage_parts", "training_time", b"training_time", "worker_memory", b"worker_memory", "worker_memory_bytes", b"worker_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2673,19 +2715,23 @@ class EstimatePart(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LEAST_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What it is."""
     size_bytes: _builtins.int
-    """Its size."""
+    """Its size in bytes, before compression."""
+    least_bytes: _builtins.int
+    """What lossless compression may make of it at best, in bytes; 0 where nothing is compressed."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        least_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["least_bytes", b"least_bytes", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
