@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from reverie.common.v1 import common_pb2 as reverie_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"reverie/sampling/v1/sampling.proto\x12\x13reverie.sampling.v1\x1a\x1ereverie/common/v1/common.proto\"\xf4\x03\n\rSampleRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12 \n\x13num_inference_steps\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x17\n\nnum_images\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05shift\x18\t \x01(\x01H\x03\x88\x01\x01\x12-\n\x07\x61\x64\x61pter\x18\n \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\x1d\n\x10\x61\x64\x61pter_strength\x18\x0b \x01(\x01H\x04\x88\x01\x01\x12\x15\n\rpreview_steps\x18\x0c \x01(\r\x12\x18\n\x10guidance_rescale\x18\r \x01(\x01\x12\x16\n\tscheduler\x18\x0e \x01(\tH\x05\x88\x01\x01\x12\x12\n\nclip_score\x18\x0f \x01(\x08\x12\x0f\n\x07\x63ompile\x18\x10 \x01(\x08\x42\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\r\n\x0b_num_imagesB\x08\n\x06_shiftB\x13\n\x11_adapter_strengthB\x0c\n\n_scheduler\"\xc3\x01\n\x0eSampleResponse\x12\x39\n\x08progress\x18\x01 \x01(\x0b\x32%.reverie.sampling.v1.SamplingProgressH\x00\x12\x32\n\x05image\x18\x02 \x01(\x0b\x32!.reverie.sampling.v1.SampledImageH\x00\x12\x37\n\x07preview\x18\x03 \x01(\x0b\x32$.reverie.sampling.v1.SamplingPreviewH\x00\x42\t\n\x07payload\"3\n\x10SamplingProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x11\n\tnum_steps\x18\x02 \x01(\r\"\x9c\x01\n\x0fSamplingPreview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\tnum_steps\x18\x03 \x01(\r\x12\x10\n\x08timestep\x18\x04 \x01(\x01\x12+\n\x05image\x18\x05 \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\x14\n\x0c\x64ownload_url\x18\x06 \x01(\t\"\xbb\x01\n\x0cSampledImage\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12+\n\x05image\x18\x02 \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x64ownload_url\x18\x06 \x01(\t\x12\x17\n\nclip_score\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_clip_score\"\x18\n\x16\x44\x65scribeSamplerRequest\"\xa8\x01\n\x17\x44\x65scribeSamplerResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nmax_pixels\x18\x04 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pter_sha256s\x18\x05 \x03(\t\x12\x12\n\nclip_model\x18\x06 \x01(\t\x12\x14\n\x0chas_previews\x18\x07 \x01(\x08\x32\xd4\x01\n\x0fSamplingService\x12S\n\x06Sample\x12\".reverie.sampling.v1.SampleRequest\x1a#.reverie.sampling.v1.SampleResponse0\x01\x12l\n\x0f\x44\x65scribeSampler\x12+.reverie.sampling.v1.DescribeSamplerRequest\x1a,.reverie.sampling.v1.DescribeSamplerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"reverie/sampling/v1/sampling.proto\x12\x13reverie.sampling.v1\x1a\x1ereverie/common/v1/common.proto\"\xf4\x03\n\rSampleRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12 \n\x13num_inference_steps\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x17\n\nnum_images\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05shift\x18\t \x01(\x01H\x03\x88\x01\x01\x12-\n\x07\x61\x64\x61pter\x18\n \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\x1d\n\x10\x61\x64\x61pter_strength\x18\x0b \x01(\x01H\x04\x88\x01\x01\x12\x15\n\rpreview_steps\x18\x0c \x01(\r\x12\x18\n\x10guidance_rescale\x18\r \x01(\x01\x12\x16\n\tscheduler\x18\x0e \x01(\tH\x05\x88\x01\x01\x12\x12\n\nclip_score\x18\x0f \x01(\x08\x12\x0f\n\x07\x63ompile\x18\x10 \x01(\x08\x42\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\r\n\x0b_num_imagesB\x08\n\x06_shiftB\x13\n\x11_adapter_strengthB\x0c\n\n_scheduler\"\xfa\x01\n\x0eSampleResponse\x12\x39\n\x08progress\x18\x01 \x01(\x0b\x32%.reverie.sampling.v1.SamplingProgressH\x00\x12\x32\n\x05image\x18\x02 \x01(\x0b\x32!.reverie.sampling.v1.SampledImageH\x00\x12\x37\n\x07preview\x18\x03 \x01(\x0b\x32$.reverie.sampling.v1.SamplingPreviewH\x00\x12\x35\n\x06notice\x18\x04 \x01(\x0b\x32#.reverie.sampling.v1.SamplingNoticeH\x00\x42\t\n\x07payload\"3\n\x10SamplingProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x11\n\tnum_steps\x18\x02 \x01(\r\"1\n\x0eSamplingNotice\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9c\x01\n\x0fSamplingPreview\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\tnum_steps\x18\x03 \x01(\r\x12\x10\n\x08timestep\x18\x04 \x01(\x01\x12+\n\x05image\x18\x05 \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\x14\n\x0c\x64ownload_url\x18\x06 \x01(\t\"\xbb\x01\n\x0cSampledImage\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12+\n\x05image\x18\x02 \x01(\x0b\x32\x1c.reverie.common.v1.ObjectRef\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x64ownload_url\x18\x06 \x01(\t\x12\x17\n\nclip_score\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_clip_score\"\x18\n\x16\x44\x65scribeSamplerRequest\"\xa8\x01\n\x17\x44\x65scribeSamplerResponse\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nmax_pixels\x18\x04 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pter_sha256s\x18\x05 \x03(\t\x12\x12\n\nclip_model\x18\x06 \x01(\t\x12\x14\n\x0chas_previews\x18\x07 \x01(\x08\x32\xd4\x01\n\x0fSamplingService\x12S\n\x06Sample\x12\".reverie.sampling.v1.SampleRequest\x1a#.reverie.sampling.v1.SampleResponse0\x01\x12l\n\x0f\x44\x65scribeSampler\x12+.reverie.sampling.v1.DescribeSamplerRequest\x1a,.reverie.sampling.v1.DescribeSamplerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEREQUEST']._serialized_start=92
   _globals['_SAMPLEREQUEST']._serialized_end=592
   _globals['_SAMPLERESPONSE']._serialized_start=595
-  _globals['_SAMPLERESPONSE']._serialized_end=790
-  _globals['_SAMPLINGPROGRESS']._serialized_start=792
-  _globals['_SAMPLINGPROGRESS']._serialized_end=843
-  _globals['_SAMPLINGPREVIEW']._serialized_start=846
-  _globals['_SAMPLINGPREVIEW']._serialized_end=1002
-  _globals['_SAMPLEDIMAGE']._serialized_start=1005
-  _globals['_SAMPLEDIMAGE']._serialized_end=1192
-  _globals['_DESCRIBESAMPLERREQUEST']._serialized_start=1194
-  _globals['_DESCRIBESAMPLERREQUEST']._serialized_end=1218
-  _globals['_DESCRIBESAMPLERRESPONSE']._serialized_start=1221
-  _globals['_DESCRIBESAMPLERRESPONSE']._serialized_end=1389
-  _globals['_SAMPLINGSERVICE']._serialized_start=1392
-  _globals['_SAMPLINGSERVICE']._serialized_end=1604
+  _globals['_SAMPLERESPONSE']._serialized_end=845
+  _globals['_SAMPLINGPROGRESS']._serialized_start=847
+  _globals['_SAMPLINGPROGRESS']._serialized_end=898
+  _globals['_SAMPLINGNOTICE']._serialized_start=900
+  _globals['_SAMPLINGNOTICE']._serialized_end=949
+  _globals['_SAMPLINGPREVIEW']._serialized_start=952
+  _globals['_SAMPLINGPREVIEW']._serialized_end=1108
+  _globals['_SAMPLEDIMAGE']._serialized_start=1111
+  _globals['_SAMPLEDIMAGE']._serialized_end=1298
+  _globals['_DESCRIBESAMPLERREQUEST']._serialized_start=1300
+  _globals['_DESCRIBESAMPLERREQUEST']._serialized_end=1324
+  _globals['_DESCRIBESAMPLERRESPONSE']._serialized_start=1327
+  _globals['_DESCRIBESAMPLERRESPONSE']._serialized_end=1495
+  _globals['_SAMPLINGSERVICE']._serialized_start=1498
+  _globals['_SAMPLINGSERVICE']._serialized_end=1710
 # @@protoc_insertion_point(module_scope)

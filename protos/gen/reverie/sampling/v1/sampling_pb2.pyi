@@ -135,6 +135,7 @@ class SampleResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___SamplingProgress:
         """A sampling step was done."""
@@ -147,18 +148,23 @@ class SampleResponse(_message.Message):
     def preview(self) -> Global___SamplingPreview:
         """A picture on its way."""
 
+    @_builtins.property
+    def notice(self) -> Global___SamplingNotice:
+        """Something that is not as it was asked for; the drawing goes on."""
+
     def __init__(
         self,
         *,
         progress: Global___SamplingProgress | None = ...,
         image: Global___SampledImage | None = ...,
         preview: Global___SamplingPreview | None = ...,
+        notice: Global___SamplingNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "notice", b"notice", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "notice", b"notice", "payload", b"payload", "preview", b"preview", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["progress", "image", "preview"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["progress", "image", "preview", "notice"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -189,6 +195,32 @@ class SamplingProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SamplingProgress: _TypeAlias = SamplingProgress  # noqa: Y015
+
+@_typing.final
+class SamplingNotice(_message.Message):
+    """Something that is not as it was asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """UPPER_SNAKE, for programs: `PREVIEWS_LOST`, `CLIP_SCORE_LOST` or `NOT_COMPILED`."""
+    message: _builtins.str
+    """What happened and what to do."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplingNotice: _TypeAlias = SamplingNotice  # noqa: Y015
 
 @_typing.final
 class SamplingPreview(_message.Message):

@@ -2301,6 +2301,7 @@ class TrainingJobEvent(_message.Message):
     NOTICE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     VALIDATION_PREVIEW_FIELD_NUMBER: _builtins.int
+    VALIDATION_SCORES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the job's history, from 1, without gaps. A snapshot carries the sequence up to which it is true."""
     @_builtins.property
@@ -2347,6 +2348,10 @@ class TrainingJobEvent(_message.Message):
     def validation_preview(self) -> Global___ValidationPreview:
         """A validation picture is on its way."""
 
+    @_builtins.property
+    def validation_scores(self) -> Global___ValidationScores:
+        """The pictures of a step were scored."""
+
     def __init__(
         self,
         *,
@@ -2362,12 +2367,13 @@ class TrainingJobEvent(_message.Message):
         notice: Global___JobNotice | None = ...,
         evaluation: _measures_pb2.EvaluationResult | None = ...,
         validation_preview: Global___ValidationPreview | None = ...,
+        validation_scores: Global___ValidationScores | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress", "validation_scores", b"validation_scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "sequence", b"sequence", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "notice", b"notice", "payload", b"payload", "preparation", b"preparation", "sequence", b"sequence", "snapshot", b"snapshot", "state_changed", b"state_changed", "step", b"step", "time", b"time", "validation_image", b"validation_image", "validation_preview", b"validation_preview", "validation_progress", b"validation_progress", "validation_scores", b"validation_scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "preparation", "step", "checkpoint", "validation_image", "validation_progress", "notice", "evaluation", "validation_preview"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "preparation", "step", "checkpoint", "validation_image", "validation_progress", "notice", "evaluation", "validation_preview", "validation_scores"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -2586,6 +2592,52 @@ class ValidationPreview(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidationPreview: _TypeAlias = ValidationPreview  # noqa: Y015
+
+@_typing.final
+class ValidationScores(_message.Message):
+    """CLIP scores of the pictures of one step, each 100 times the cosine of picture and prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    NUM_PICTURES_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    MIN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    STD_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Optimiser steps done; 0 is the base model."""
+    weights: _builtins.str
+    """`adapter`, or `ema` for the running average."""
+    num_pictures: _builtins.int
+    """Pictures that were scored."""
+    mean: _builtins.float
+    """Mean over them."""
+    min: _builtins.float
+    """The lowest."""
+    max: _builtins.float
+    """The highest."""
+    std: _builtins.float
+    """Standard deviation over them."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        weights: _builtins.str = ...,
+        num_pictures: _builtins.int = ...,
+        mean: _builtins.float = ...,
+        min: _builtins.float = ...,
+        max: _builtins.float = ...,
+        std: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "mean", b"mean", "min", b"min", "num_pictures", b"num_pictures", "std", b"std", "step", b"step", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationScores: _TypeAlias = ValidationScores  # noqa: Y015
 
 @_typing.final
 class ValidationProgress(_message.Message):

@@ -510,6 +510,7 @@ class DescribeVaeResponse(_message.Message):
     SCALING_FACTOR_FIELD_NUMBER: _builtins.int
     SHIFT_FACTOR_FIELD_NUMBER: _builtins.int
     PREVIEW_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PREVIEW_DECODER_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Hex sha256 over weights, configuration, dtype, scaling and code version: everything that latents depend on besides the
     image and its plan.
@@ -525,7 +526,9 @@ class DescribeVaeResponse(_message.Message):
     shift_factor: _builtins.float
     """shift_factor of the VAE (0.1159 for HiDream)."""
     preview_fingerprint: _builtins.str
-    """Hex sha256 over the tiny decoder's weights and configuration; empty where there is none."""
+    """Hex sha256 over the tiny decoder's weights and configuration; empty where there is none, or it is not loaded yet."""
+    preview_decoder: _builtins.str
+    """Where the tiny decoder comes from; it is loaded with the first preview. Empty where there is none."""
     def __init__(
         self,
         *,
@@ -536,10 +539,11 @@ class DescribeVaeResponse(_message.Message):
         scaling_factor: _builtins.float = ...,
         shift_factor: _builtins.float = ...,
         preview_fingerprint: _builtins.str = ...,
+        preview_decoder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_pixels", b"max_pixels", "preview_fingerprint", b"preview_fingerprint", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "max_pixels", b"max_pixels", "preview_decoder", b"preview_decoder", "preview_fingerprint", b"preview_fingerprint", "scaling_factor", b"scaling_factor", "shift_factor", b"shift_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
