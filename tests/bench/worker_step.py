@@ -32,9 +32,9 @@ from reverie_hidream.adapters.lokr import attach_lokr
 from reverie_hidream.conditioning import TextConditioning
 from reverie_hidream.flow import sample_sigmas
 from reverie_hidream.tiny import make_tiny_checkpoint
+from reverie_hidream.training.batch import Batch, BatchDraws
 from reverie_hidream.transformer import load_transformer
 from reverie_trainer.jobs.spec import Optimization
-from reverie_trainer.worker.data import Batch
 from reverie_trainer.worker.engine import TrainingEngine
 
 from tests.bench.report import Figure, interleaved, median_ratio
@@ -110,8 +110,7 @@ def make_batch(checkpoint: Path, case: Case) -> Batch:
     num_llama_layers = 1 + max(config["llama_layers"])
     return Batch(
         latents=normal(*latents),
-        noise=normal(*latents),
-        timestep_draws=normal(1),
+        draws=BatchDraws(noise=normal(*latents), sigmas=sample_sigmas(normal(1))),
         conditioning=TextConditioning(
             t5=normal(1, 128, t5_width).to(case.dtype),
             llama=normal(num_llama_layers, 1, 128, llama_width).to(case.dtype),
@@ -184,7 +183,7 @@ class BareLoop:
 
     def step(self, batch: Batch) -> float:
         """Train one step; returns the loss."""
-        sigma = sample_sigmas(batch.timestep_draws)
+        sigma = batch.draws.sigmas
         level = sigma.view(-1, 1, 1, 1)
         noisy = (1 - level) * batch.latents + level * batch.noise
         prediction = self._model(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from reverie_hidream.adapters import LokrAdapter, LokrConfig, attach_lokr
 from reverie_hidream.conditioning import TextConditioning
+from reverie_hidream.flow import sample_sigmas
+from reverie_hidream.training.batch import Batch, BatchDraws
+from reverie_hidream.training.step import NonFiniteLossError
 from reverie_hidream.transformer import load_transformer, predict_velocity
 from reverie_trainer.jobs.spec import Optimization
-from reverie_trainer.worker.data import Batch
-from reverie_trainer.worker.engine import NonFiniteLossError, TrainingEngine
+from reverie_trainer.worker.engine import TrainingEngine
 
 Error = Callable[[torch.Tensor, torch.Tensor], float]
 
@@ -24,7 +26,8 @@ def samples(make_batch: Callable[..., Any]) -> Batch:
     """Four samples as one batch."""
     made = make_batch(8, 12, batch_size=NUM_SAMPLES, dtype=torch.float32)
     draws = torch.randn(NUM_SAMPLES, generator=torch.Generator().manual_seed(3))
-    return Batch(latents=made.latents, noise=made.noise, timestep_draws=draws, conditioning=made.text)
+    sigmas = sample_sigmas(draws, shift=3.0)
+    return Batch(latents=made.latents, draws=BatchDraws(noise=made.noise, sigmas=sigmas), conditioning=made.text)
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:
@@ -34,8 +37,7 @@ def _split(batch: Batch, size: int) -> list[Batch]:
     return [
         Batch(
             latents=batch.latents[part],
-            noise=batch.noise[part],
-            timestep_draws=batch.timestep_draws[part],
+            draws=BatchDraws(noise=batch.noise[part], sigmas=batch.draws.sigmas[part]),
             conditioning=TextConditioning(t5=text.t5[part], llama=text.llama[:, part], pooled=text.pooled[part]),
         )
         for part in parts
@@ -82,8 +84,7 @@ def _plain_loop(
     transformer = load_transformer(checkpoint, dtype=torch.float32)
     adapter = attach_lokr(transformer, CONFIG, seed=1)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
-    base = torch.sigmoid(samples.timestep_draws)
-    sigmas = 3.0 * base / (1.0 + 2.0 * base)
+    sigmas = samples.draws.sigmas
     levels = sigmas.view(-1, 1, 1, 1)
     noisy = (1 - levels) * samples.latents + levels * samples.noise
     losses = []

@@ -1,4 +1,7 @@
-"""What chance decides for one sample at one visit, by counter: the same on every run, resume and machine (design 6)."""
+"""What chance decides about the data of one visit, by counter: the same on every run, resume and machine (design 6).
+
+What it decides about the objective is in `reverie_hidream.training.draws`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _ONCE = 0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chance:
-    """All random decisions of a job; every method is a pure function."""
+    """Which caption and which latent of a sample; every method is a pure function."""
 
     seed: int
     caption_dropout_probability: float = 0.0
@@ -26,7 +29,7 @@ class Chance:
 
     def __post_init__(self) -> None:
         """Name the streams."""
-        names = ("caption", "dropout", "timestep", "noise", "posterior")
+        names = ("caption", "dropout", "posterior")
         object.__setattr__(self, "_streams", {name: Draw(seed=self.seed, stream=name) for name in names})
 
     def caption(self, visit: Visit, num_captions: int) -> int | None:
@@ -36,14 +39,6 @@ class Chance:
         if num_captions == 1:
             return 0
         return self._streams["caption"].integer(visit.step, visit.position, num_captions)
-
-    def timestep(self, visit: Visit) -> float:
-        """Standard normal number that the noise level is made of."""
-        return float(self._streams["timestep"].normal(visit.step, visit.position, (1,))[0])
-
-    def noise(self, visit: Visit, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """Standard normal noise of a latent's shape."""
-        return self._streams["noise"].normal(visit.step, visit.position, shape)
 
     def posterior(self, visit: Visit, image_sha256: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """Standard normal numbers that pick a latent from the posterior."""

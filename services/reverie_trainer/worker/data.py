@@ -1,7 +1,4 @@
-"""The batches of a job, read from the store and put together ahead of their use.
-
-B batch, C latent channels, h x w latent pixels.
-"""
+"""The batches of a job, read from the store and put together ahead of their use."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Self
 
 import torch
-from reverie_hidream.conditioning import TextConditioning, collate
+from reverie_hidream.conditioning import collate
+from reverie_hidream.training.batch import Batch
+from reverie_hidream.training.draws import SampleDraws
 
 from reverie_trainer.worker.choices import Chance
 from reverie_trainer.worker.samples import Embeddings, PreparedData
@@ -23,27 +21,20 @@ from reverie_trainer.worker.schedule import Schedule, Visit
 from reverie_trainer.worker.tensor_cache import TensorCache
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """One micro-batch, on the CPU."""
-
-    latents: torch.Tensor
-    """(B, C, h, w) float32, scaled; drawn from the posterior."""
-    noise: torch.Tensor
-    """(B, C, h, w) float32, standard normal."""
-    timestep_draws: torch.Tensor
-    """(B,) float32, standard normal: what the noise levels are made of."""
-    conditioning: TextConditioning
-
-
 class BatchMaker:
     """Puts batches together; a pure function of the visits, apart from the cache. Thread-safe."""
 
-    def __init__(self, data: PreparedData, cache: TensorCache, chance: Chance) -> None:
-        """Nothing is read yet."""
+    def __init__(self, data: PreparedData, cache: TensorCache, chance: Chance, draws: SampleDraws) -> None:
+        """Nothing is read yet.
+
+        Args:
+            chance: which caption and which latent of a sample.
+            draws: what the objective leaves to chance.
+        """
         self._data = data
         self._cache = cache
         self._chance = chance
+        self._draws = draws
 
     def make(self, visits: Sequence[Visit]) -> Batch:
         """Read what the batch needs and put it together. Blocks.
@@ -51,13 +42,11 @@ class BatchMaker:
         Raises:
             ReverieError: the store is away, or something is missing from it.
         """
-        latents = [self._latent(visit) for visit in visits]
+        latents = torch.stack([self._latent(visit) for visit in visits])
+        positions = [visit.position for visit in visits]
         return Batch(
-            latents=torch.stack(latents),
-            noise=torch.stack(
-                [torch.from_numpy(self._chance.noise(visit, tuple(latents[0].shape))) for visit in visits]
-            ),
-            timestep_draws=torch.tensor([self._chance.timestep(visit) for visit in visits], dtype=torch.float32),
+            latents=latents,
+            draws=self._draws.draw(visits[0].step, positions, tuple(latents.shape[1:])),
             conditioning=collate([self._embeddings(visit) for visit in visits]),
         )
 

@@ -1,46 +1,24 @@
-"""One job's model in training: the frozen transformer, its adapter, the optimiser, and one step of them (spec 3)."""
+"""One job's model in training: what the job says, as the settings of a training step and its optimiser (spec 3)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
+from typing import Any
 
 import diffusers
 import torch
 from reverie_common.storage import RawTensor
 from reverie_hidream.adapters.lokr import LokrAdapter
-from reverie_hidream.flow import flow_loss, noisy_latents, sample_sigmas, timesteps_of, velocity_target
-from reverie_hidream.optimizers import (
-    build_optimizer,
-    clip_gradients,
-    learning_rate_at,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from reverie_hidream.optimizers import build_optimizer, learning_rate_at, load_optimizer_tensors, optimizer_tensors
 from reverie_hidream.tensor_io import from_raw, to_raw
-from reverie_hidream.transformer import enable_gradient_checkpointing, predict_velocity
+from reverie_hidream.training.batch import Batch
+from reverie_hidream.training.objective import ObjectiveSettings, ReflexflowSettings, RolloutSettings
+from reverie_hidream.training.step import StepResult, StepSettings, TrainingStep
 
 from reverie_trainer.jobs.spec import Optimization
-from reverie_trainer.worker.data import Batch
 
 _ADAPTER, _OPTIMIZER = "adapter/", "optimizer/"
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is infinite or not a number; the adapter is as it was before the step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """Figures of one optimiser step."""
-
-    loss: float
-    """Mean over the samples of the step."""
-    learning_rate: float
-    gradient_norm: float
-    """Of the whole gradient, before clipping."""
 
 
 class TrainingEngine:
@@ -57,19 +35,17 @@ class TrainingEngine:
         Raises:
             ValueError: the optimizer is unknown.
         """
-        self._transformer = transformer
         self._adapter = adapter
         self._optimization = optimization
-        self._device = transformer.x_embedder.proj.bias.device
-        self._parameters = list(adapter.parameters())
         self._optimizer = build_optimizer(
             optimization.optimizer,
-            self._parameters,
+            adapter.parameters(),
             learning_rate=optimization.learning_rate,
             weight_decay=optimization.weight_decay,
         )
-        enable_gradient_checkpointing(transformer, optimization.gradient_checkpointing)
-        transformer.train()
+        self._step = TrainingStep(
+            transformer, adapter, self._optimizer, step_settings(optimization), learning_rate=self._learning_rate
+        )
 
     def train_step(self, step: int, batches: Iterable[Batch]) -> StepResult:
         """Take one optimiser step over `gradient_accumulation_steps` micro-batches. Blocks.
@@ -77,19 +53,7 @@ class TrainingEngine:
         Raises:
             NonFiniteLossError: nothing was changed.
         """
-        learning_rate = self._learning_rate(step)
-        loss = torch.zeros((), device=self._device)
-        for batch in batches:
-            loss += self._accumulate(batch)
-        norm = clip_gradients(self._parameters, self._optimization.grad_clip_method, self._optimization.max_grad_norm)
-        # The only time in a step that the host waits for the device.
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise NonFiniteLossError(f"the loss at step {step} is {loss_value}, the norm of its gradient {norm_value}")
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss_value, learning_rate=learning_rate, gradient_norm=norm_value)
+        return self._step.train_step(step, batches)
 
     def export(self, metadata: Mapping[str, str]) -> bytes:
         """The adapter as the file that LyCORIS and ComfyUI load (spec 4.6)."""
@@ -120,23 +84,37 @@ class TrainingEngine:
             max_steps=self._optimization.max_steps,
         )
 
-    def _accumulate(self, batch: Batch) -> torch.Tensor:
-        """Add one micro-batch's share to the gradient; returns its share of the loss. ()"""
-        loss = self._loss(batch) / self._optimization.gradient_accumulation_steps
-        loss.backward()
-        return loss.detach()
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
-        sigmas = sample_sigmas(
-            batch.timestep_draws.to(self._device),
-            shift=self._optimization.flow_schedule_shift,
-            sigmoid_scale=self._optimization.flow_sigmoid_scale,
-        )
-        prediction = predict_velocity(
-            self._transformer, noisy_latents(latents, noise, sigmas), timesteps_of(sigmas), batch.conditioning
-        )
-        return flow_loss(prediction, velocity_target(latents, noise))
+def step_settings(optimization: Optimization) -> StepSettings:
+    """The settings of a training step that a job's optimization describes."""
+    return StepSettings(
+        objective=objective_settings(optimization),
+        gradient_accumulation_steps=optimization.gradient_accumulation_steps,
+        gradient_checkpointing=optimization.gradient_checkpointing,
+        max_grad_norm=optimization.max_grad_norm,
+        grad_clip_method=optimization.grad_clip_method,
+    )
+
+
+def objective_settings(optimization: Optimization) -> ObjectiveSettings:
+    """The objective that a job's optimization describes."""
+    return ObjectiveSettings(
+        **_same_fields(optimization, ObjectiveSettings, without="rollout"), rollout=_rollout(optimization)
+    )
+
+
+def _rollout(optimization: Optimization) -> RolloutSettings | None:
+    sampling = optimization.scheduled_sampling
+    if sampling is None:
+        return None
+    weights = sampling.reflexflow
+    reflexflow = None if weights is None else ReflexflowSettings(**_same_fields(weights, ReflexflowSettings))
+    return RolloutSettings(**_same_fields(sampling, RolloutSettings, without="reflexflow"), reflexflow=reflexflow)
+
+
+def _same_fields(record: Any, record_class: type[Any], *, without: str = "") -> dict[str, Any]:
+    """The values of a record's fields that another class has too."""
+    return {item.name: getattr(record, item.name) for item in fields(record_class) if item.name != without}
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

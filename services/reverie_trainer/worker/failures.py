@@ -13,8 +13,8 @@ from reverie_common.errors import (
     StoreFullError,
 )
 from reverie_hidream.adapters.config import AdapterMatchesNothingError
+from reverie_hidream.training.step import NonFiniteLossError
 
-from reverie_trainer.worker.engine import NonFiniteLossError
 from reverie_trainer.worker.proof import ExportRefutedError
 
 

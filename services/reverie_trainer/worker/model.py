@@ -9,10 +9,10 @@ import diffusers
 import torch
 from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
 from reverie_hidream.checkpoint import require_parts
+from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import load_transformer
 
 from reverie_trainer.worker.adapter_file import lokr_config
-from reverie_trainer.worker.data import Batch
 from reverie_trainer.worker.engine import TrainingEngine
 from reverie_trainer.worker.job import LeasedJob
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import diffusers
 import torch
 from reverie_hidream.adapters.files import load_adapter
-from reverie_hidream.flow import noisy_latents, sample_sigmas, timesteps_of
+from reverie_hidream.flow import noisy_latents, timesteps_of
+from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import predict_velocity
-
-from reverie_trainer.worker.data import Batch
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Relative difference of two outputs that are equal, by the dtype of the computation."""
@@ -39,7 +38,7 @@ class Proof:
 def probe(transformer: diffusers.HiDreamImageTransformer2DModel, batch: Batch) -> torch.Tensor:
     """The model's output for one batch, on the CPU. (B, C, h, w)"""
     device = transformer.x_embedder.proj.bias.device
-    sigmas = sample_sigmas(batch.timestep_draws.to(device))
+    sigmas = batch.draws.sigmas.to(device)
     latents = noisy_latents(batch.latents.to(device), batch.noise.to(device), sigmas)
     return predict_velocity(transformer, latents, timesteps_of(sigmas), batch.conditioning).cpu()
 

@@ -24,6 +24,7 @@ from reverie_common.errors import ReverieError
 from reverie_common.rpc.channel import connect
 from reverie_common.storage import ObjectStore, get_object, open_store
 from reverie_hidream.checkpoint import resolve_checkpoint
+from reverie_hidream.training.draws import SampleDraws
 
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.checkpoints import CheckpointSaver, SavedCheckpoint, read_state
@@ -31,7 +32,7 @@ from reverie_trainer.worker.choices import Chance
 from reverie_trainer.worker.compute import choose_device
 from reverie_trainer.worker.control_thread import ControlThread
 from reverie_trainer.worker.data import BatchLoader, BatchMaker
-from reverie_trainer.worker.engine import TrainingEngine
+from reverie_trainer.worker.engine import TrainingEngine, objective_settings
 from reverie_trainer.worker.failures import failure_of
 from reverie_trainer.worker.finish import Finisher
 from reverie_trainer.worker.job import LeasedJob, read_job
@@ -171,7 +172,8 @@ class _Worker:
             batch_size=job.spec.optimization.batch_size,
             num_accumulated=job.spec.optimization.gradient_accumulation_steps,
         )
-        maker = BatchMaker(job.data, TensorCache(self.store, max_bytes=self.settings.cache_bytes), _chance(job))
+        cache = TensorCache(self.store, max_bytes=self.settings.cache_bytes)
+        maker = BatchMaker(job.data, cache, _chance(job), _draws(job))
         steps = range(job.first_step, job.spec.optimization.max_steps + 1)
         loading = BatchLoader(
             maker, schedule, steps=steps, depth=self.settings.prefetch_batches, num_threads=self.settings.data_threads
@@ -277,4 +279,12 @@ def _chance(job: LeasedJob) -> Chance:
         seed=job.spec.seed,
         caption_dropout_probability=job.spec.optimization.caption_dropout_probability,
         sample_latents_once=job.spec.optimization.sample_latents_once,
+    )
+
+
+def _draws(job: LeasedJob) -> SampleDraws:
+    return SampleDraws(
+        seed=job.spec.seed,
+        settings=objective_settings(job.spec.optimization),
+        samples_per_step=job.spec.optimization.effective_batch,
     )

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 
 from reverie.training.v1.job_pb2 import StepMetrics
+from reverie_hidream.training.step import StepResult
 
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.adapter_file import adapter_metadata
 from reverie_trainer.worker.checkpoints import CheckpointContents, CheckpointSaver
 from reverie_trainer.worker.data import BatchLoader
-from reverie_trainer.worker.engine import StepResult, TrainingEngine
+from reverie_trainer.worker.engine import TrainingEngine
 from reverie_trainer.worker.job import LeasedJob
 from reverie_trainer.worker.metrics_log import MetricsLog
 from reverie_trainer.worker.orders import Order, Orders

@@ -14,19 +14,14 @@ def _visit(step: int = 1, position: int = 0) -> Visit:
 
 def test_the_same_visit_draws_the_same() -> None:
     first, second = Chance(seed=42), Chance(seed=42)
-    assert first.timestep(_visit(3, 1)) == second.timestep(_visit(3, 1))
-    assert np.array_equal(first.noise(_visit(3, 1), (2, 2)), second.noise(_visit(3, 1), (2, 2)))
+    assert first.caption(_visit(3, 1), 1000) == second.caption(_visit(3, 1), 1000)
+    assert np.array_equal(first.posterior(_visit(3, 1), SHA, (4,)), second.posterior(_visit(3, 1), SHA, (4,)))
 
 
 @pytest.mark.parametrize("other", [_visit(4, 1), _visit(3, 2)], ids=["step", "position"])
 def test_another_visit_draws_something_else(other: Visit) -> None:
     chance = Chance(seed=42)
-    assert chance.timestep(other) != chance.timestep(_visit(3, 1))
-
-
-def test_noise_and_posterior_are_independent() -> None:
-    chance = Chance(seed=42)
-    assert not np.array_equal(chance.noise(_visit(), (4,)), chance.posterior(_visit(), SHA, (4,)))
+    assert chance.caption(other, 1000) != chance.caption(_visit(3, 1), 1000)
 
 
 def test_captions_are_dropped_at_the_rate_asked_for() -> None:

@@ -11,7 +11,7 @@ from reverie_common.errors import (
     StoreUnavailableError,
 )
 from reverie_hidream.adapters.config import AdapterMatchesNothingError
-from reverie_trainer.worker.engine import NonFiniteLossError
+from reverie_hidream.training.step import NonFiniteLossError
 from reverie_trainer.worker.failures import failure_of
 from reverie_trainer.worker.proof import ExportRefutedError
 
