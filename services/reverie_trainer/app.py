@@ -18,6 +18,7 @@ from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
 from reverie_trainer.jobs.preparation import Preparer
 from reverie_trainer.jobs.reconciler import Reconciler, ReconcilerLimits
 from reverie_trainer.jobs.services import EncoderClient, Services, VaeClient
+from reverie_trainer.jobs.starts import Starts
 from reverie_trainer.jobs.training_servicer import TrainingServicer
 from reverie_trainer.jobs.worker_servicer import WorkerServicer
 from reverie_trainer.settings import TrainerSettings
@@ -57,13 +58,14 @@ class Trainer:
         )
         self._reconciler = Reconciler(self._database, preparer, _limits(settings))
         inspector = ImageInspector(self._services.vae, settings.patience_seconds)
-        examiner = Examiner(self._database, datasets, self._services, config)
+        starts = Starts(database=self._database, store=store)
+        examiner = Examiner(self._database, datasets, self._services, config, starts)
         self.server = Server(
             [
                 ServedService(
                     name=f"{_PACKAGE}.TrainingService",
                     add_to_server=training_pb2_grpc.add_TrainingServiceServicer_to_server,
-                    servicer=TrainingServicer(self._database, store, examiner),
+                    servicer=TrainingServicer(self._database, store, examiner, starts),
                 ),
                 ServedService(
                     name=f"{_PACKAGE}.DatasetService",

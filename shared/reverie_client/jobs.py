@@ -85,10 +85,37 @@ class Jobs:
         request = pb.CancelTrainingJobRequest(job_id=job_id, request_id=new_request_id(request_id))
         return (await call(self._stub.CancelTrainingJob, request, self._policy)).job
 
-    async def resume(self, job_id: str, *, request_id: str | None = None) -> TrainingJob:
-        """Take up a CANCELLED or FAILED job from its newest checkpoint."""
-        request = pb.ResumeTrainingJobRequest(job_id=job_id, request_id=new_request_id(request_id))
+    async def resume(self, job_id: str, *, step: int = 0, request_id: str | None = None) -> TrainingJob:
+        """Take up a CANCELLED or FAILED job from its checkpoint of a step; later ones are forgotten; 0 is the newest."""
+        request = pb.ResumeTrainingJobRequest(job_id=job_id, step=step, request_id=new_request_id(request_id))
         return (await call(self._stub.ResumeTrainingJob, request, self._policy)).job
+
+    async def fork(
+        self,
+        job_id: str,
+        *,
+        step: int = 0,
+        adapter_only: bool = False,
+        spec: TrainingJobSpec | None = None,
+        request_id: str | None = None,
+    ) -> TrainingJob:
+        """Submit a new job that begins at a checkpoint of another one, 0 for the newest.
+
+        `spec` is the new job, None takes the other one's. With `adapter_only` it begins at step 0 with a fresh
+        optimiser, otherwise it goes on exactly. Raises InvalidArgumentError with every violation.
+        """
+        request = pb.ForkTrainingJobRequest(
+            job_id=job_id, step=step, adapter_only=adapter_only, spec=spec, request_id=new_request_id(request_id)
+        )
+        return (await call(self._stub.ForkTrainingJob, request, self._policy)).job
+
+    async def request_validation(self, job_id: str, *, request_id: str | None = None) -> TrainingJob:
+        """Have the pictures of a job in training drawn after the step that it is at.
+
+        Raises FailedPreconditionError for a job that is not in training or has no validation.
+        """
+        request = pb.RequestValidationRequest(job_id=job_id, request_id=new_request_id(request_id))
+        return (await call(self._stub.RequestValidation, request, self._policy)).job
 
     async def watch(self, job_id: str, *, after_sequence: int = 0) -> AsyncIterator[TrainingJobEvent]:
         """Yield a snapshot, then every event after a sequence number, and a snapshot last once the job rests.

@@ -118,6 +118,8 @@ class SyncJobs(_Blocking[Jobs]):
     submit = _call(Jobs.submit)
     get = _call(Jobs.get)
     list = _call(Jobs.list)
+    fork = _call(Jobs.fork)
+    request_validation = _call(Jobs.request_validation)
     cancel = _call(Jobs.cancel)
     resume = _call(Jobs.resume)
     watch = _iterate(Jobs.watch)

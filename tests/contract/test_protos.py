@@ -28,7 +28,7 @@ SERVICERS = {
     "WorkerService": "reverie_trainer.jobs.worker_servicer:WorkerServicer",
 }
 INTERNAL = {"WorkerService"}
-MUTATIONS = re.compile(r"^(Create|Cancel|Resume|Delete|Add)(?!Uploads)")
+MUTATIONS = re.compile(r"^(Create|Cancel|Resume|Fork|Request|Import|Delete|Add)(?!Uploads)")
 
 
 def method_id(method: MethodDescriptor) -> str:

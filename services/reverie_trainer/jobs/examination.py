@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
 from reverie.common.v1 import common_pb2
@@ -30,6 +31,7 @@ from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.preparation import geometry_of
 from reverie_trainer.jobs.services import Services
 from reverie_trainer.jobs.spec import JobSpec, spec_to_proto
+from reverie_trainer.jobs.starts import Starts
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +44,20 @@ _INSPECT_SECONDS = 20.0
 class Examiner:
     """Checks jobs against the datasets, the model and the services of this trainer."""
 
-    def __init__(self, database: Database, datasets: Datasets, services: Services, config: TransformerConfig) -> None:
+    def __init__(
+        self, database: Database, datasets: Datasets, services: Services, config: TransformerConfig, starts: Starts
+    ) -> None:
         self._database = database
         self._datasets = datasets
         self._services = services
         self._config = config
+        self._starts = starts
         self._inspector = ImageInspector(services.vae, patience_seconds=0.0)
 
     async def admit(self, spec: JobSpec) -> Admission:
         """Return whether a job would be accepted, and the datasets that it would train on."""
-        return await examine(spec, self._datasets, self._config)
+        admission = await examine(spec, self._datasets, self._config)
+        return replace(admission, violations=(*admission.violations, *await self._starts.check(spec)))
 
     def warnings_of(self, admission: Admission) -> list[tuple[str, str]]:
         """Return what is not as it was asked for although a job is accepted: (reason, message)."""

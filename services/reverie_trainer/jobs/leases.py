@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reverie.common.v1 import common_pb2
-from reverie.training.v1 import job_pb2, training_pb2
+from reverie.training.v1 import job_pb2, measures_pb2, training_pb2
 from reverie_common.errors import (
     AbortedError,
     FailedPreconditionError,
@@ -35,7 +35,15 @@ from reverie_trainer.jobs.records import (
 )
 from reverie_trainer.jobs.repository import INFO, fail_job, get_job, put_artifact, succeed, transition
 
-WORKER_EVENTS = ("step", "checkpoint", "validation_image", "validation_progress", "notice")
+WORKER_EVENTS = (
+    "step",
+    "checkpoint",
+    "validation_image",
+    "validation_progress",
+    "validation_preview",
+    "evaluation",
+    "notice",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +224,17 @@ def _record_event(session: Session, row: JobRow, record: job_pb2.TrainingJob, ev
         keep_checkpoint(session, row, event.checkpoint)
     elif kind == "validation_image":
         put_artifact(session, row.job_id, validation_image_path(event.validation_image), event.validation_image.image)
+    elif kind == "evaluation":
+        _keep_evaluation(record, event.evaluation)
     append_event(session, row, event)
+
+
+def _keep_evaluation(record: job_pb2.TrainingJob, result: measures_pb2.EvaluationResult) -> None:
+    """Keep the newest measurement of each dataset and kind of weights."""
+    newest = {(each.dataset, each.weights): each for each in (*record.evaluations, result)}
+    kept = [newest[key] for key in sorted(newest)]
+    record.ClearField("evaluations")
+    record.evaluations.extend(kept)
 
 
 def keep_checkpoint(session: Session, row: JobRow, checkpoint: job_pb2.Checkpoint) -> None:

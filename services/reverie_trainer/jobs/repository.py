@@ -211,16 +211,28 @@ def finish_cancellation(session: Session, job_id: str, message: str) -> bool:
     return True
 
 
-def resume_job(session: Session, job_id: str) -> JobRow:
-    """Queue a FAILED or CANCELLED job again; it goes on from its newest checkpoint.
+def require_resumable(row: JobRow) -> None:
+    """Refuse a job that cannot be resumed.
+
+    Raises:
+        FailedPreconditionError: the job is neither FAILED nor CANCELLED.
+    """
+    if row.state not in (FAILED, CANCELLED):
+        raise _wrong_state(row, "resumed; only a FAILED or CANCELLED job can be")
+
+
+def resume_job(session: Session, job_id: str, step: int = 0) -> JobRow:
+    """Queue a FAILED or CANCELLED job again; it goes on from a step, or from its newest checkpoint for 0.
 
     Raises:
         FailedPreconditionError: the job is in another state.
     """
     row = get_job(session, job_id)
-    if row.state not in (FAILED, CANCELLED):
-        raise _wrong_state(row, "resumed; only a FAILED or CANCELLED job can be")
+    require_resumable(row)
     record = read_record(row)
+    if step:
+        session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.step > step))
+        record.step = row.furthest_step = step
     record.ClearField("failure")
     record.ClearField("end_time")
     write_record(row, record)
@@ -228,11 +240,6 @@ def resume_job(session: Session, job_id: str) -> JobRow:
     row.starts_without_progress = 0
     transition(session, row, QUEUED, "resumed by request")
     return row
-
-
-def forget_checkpoints_after(session: Session, job_id: str, step: int) -> None:
-    """Forget what a job saved after a step."""
-    session.execute(delete(CheckpointRow).where(CheckpointRow.job_id == job_id, CheckpointRow.step > step))
 
 
 def request_validation(session: Session, job_id: str) -> JobRow:
@@ -246,8 +253,8 @@ def request_validation(session: Session, job_id: str) -> JobRow:
         raise _wrong_state(row, "asked for pictures; only a job in TRAINING can be")
     if not read_spec(row).HasField("validation"):
         raise FailedPreconditionError(
-            f"job {job_id} has no validation, so there are no prompts to draw; draw with `reverie sample` and one of its "
-            "checkpoints' adapters",
+            f"job {job_id} has no validation, so there is nothing to draw; use `reverie sample` with the adapter of "
+            "one of its checkpoints",
             reason="NO_VALIDATION",
             metadata={"job_id": job_id},
         )

@@ -45,9 +45,7 @@ class Starts:
         start = spec.start
         if start is not None:
             await asyncio.to_thread(
-                lambda: copy_checkpoint(
-                    self.store, start.job_id, start.step, job_id, adapter_only=start.adapter_only
-                )
+                lambda: copy_checkpoint(self.store, start.job_id, start.step, job_id, adapter_only=start.adapter_only)
             )
 
     async def _steps(self, job_id: str) -> list[int]:

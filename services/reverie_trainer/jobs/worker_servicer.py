@@ -13,6 +13,7 @@ from reverie_trainer.jobs.checkpoints import newest_checkpoint
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.leases import check_completion, complete_job, lease_job, record_progress
 from reverie_trainer.jobs.reconciler import Reconciler
+from reverie_trainer.jobs.records import read_record
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -45,7 +46,9 @@ class WorkerServicer(training_pb2_grpc.WorkerServiceServicer):
         row = await self._database.run(lambda session: record_progress(session, request))
         self._reconciler.heard_from(row.job_id)
         should_stop = row.cancel_time is not None or self._reconciler.is_stopping
-        return training_pb2.ReportProgressResponse(should_stop=should_stop)
+        return training_pb2.ReportProgressResponse(
+            should_stop=should_stop, num_validation_requests=read_record(row).num_validation_requests
+        )
 
     async def CompleteJob(
         self, request: training_pb2.CompleteJobRequest, context: Context

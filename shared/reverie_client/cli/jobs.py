@@ -34,6 +34,7 @@ app = typer.Typer(help="Training jobs.", no_args_is_help=True)
 
 JobFile = Annotated[Path, typer.Argument(help="The job in YAML or JSON; - reads it from standard input.")]
 JobId = Annotated[str, typer.Argument(help="The job's id, job- and 12 hex digits.")]
+Step = Annotated[int, typer.Option(min=0, help="The checkpoint, by its step; 0 is the newest.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it rests.")]
 
 
@@ -135,14 +136,60 @@ def cancel_command(job_id: JobId, address: Address = None, output: Output = Outp
 
 @app.command("resume")
 def resume_command(
-    job_id: JobId, watch: Watch = False, address: Address = None, output: Output = OutputFormat.TEXT
+    job_id: JobId, step: Step = 0, watch: Watch = False, address: Address = None, output: Output = OutputFormat.TEXT
 ) -> None:
-    """Take up a cancelled or failed job from its newest checkpoint."""
-    job = run(_resume(job_id, address))
+    """Take up a cancelled or failed job from its newest checkpoint, or from that of a step; later ones are forgotten.
+
+    Example: [bold]reverie job resume job-0123456789ab --step 400[/]
+    """
+    job = run(_resume(job_id, step, address))
     if watch:
         _follow(job_id, job.last_sequence, address, output)
     else:
         _print_job(job, output)
+
+
+@app.command("fork")
+def fork_command(
+    job_id: JobId,
+    file: Annotated[
+        Path | None, typer.Argument(help="The new job. Default: the other one's.", show_default=False)
+    ] = None,
+    step: Step = 0,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Begin at step 0 with a fresh optimiser; otherwise go on exactly.")
+    ] = False,
+    watch: Watch = False,
+    address: Address = None,
+    output: Output = OutputFormat.TEXT,
+) -> None:
+    """Submit a new job that begins at a checkpoint of another one, which stays as it is.
+
+    Example: [bold]reverie job fork job-0123456789ab longer.yaml --step 400 --watch[/]
+    """
+    spec = _read(file, address) if file is not None else None
+    job = run(_fork(job_id, spec, step, adapter_only, address))
+    if not watch:
+        _print_job_id(job, output)
+        return
+    if output is OutputFormat.TEXT:
+        stderr().print(f"job {job.job_id}")
+    _follow(job.job_id, 0, address, output)
+
+
+@app.command("validate")
+def validate_command(job_id: JobId, address: Address = None, output: Output = OutputFormat.TEXT) -> None:
+    """Have the pictures of a job in training drawn now, after the step that it is at.
+
+    Example: [bold]reverie job validate job-0123456789ab[/]
+    """
+    job = run(_request_validation(job_id, address))
+    if output is OutputFormat.JSON:
+        print_json(message_dict(job))
+    else:
+        stdout().print(
+            f"pictures of {job_id} are drawn after step {job.step}; follow it with: reverie job watch {job_id}"
+        )
 
 
 @app.command("fetch")
@@ -256,9 +303,21 @@ async def _cancel(job_id: str, address: str | None) -> TrainingJob:
         return await reverie.jobs.cancel(job_id)
 
 
-async def _resume(job_id: str, address: str | None) -> TrainingJob:
+async def _resume(job_id: str, step: int, address: str | None) -> TrainingJob:
     async with connect(address) as reverie:
-        return await reverie.jobs.resume(job_id)
+        return await reverie.jobs.resume(job_id, step=step)
+
+
+async def _fork(
+    job_id: str, spec: TrainingJobSpec | None, step: int, adapter_only: bool, address: str | None
+) -> TrainingJob:
+    async with connect(address) as reverie:
+        return await reverie.jobs.fork(job_id, spec=spec, step=step, adapter_only=adapter_only)
+
+
+async def _request_validation(job_id: str, address: str | None) -> TrainingJob:
+    async with connect(address) as reverie:
+        return await reverie.jobs.request_validation(job_id)
 
 
 async def _fetch(job_id: str, folder: Path, address: str | None) -> Results:

@@ -94,7 +94,6 @@ PENDING = frozenset(
         "aspect_bucket_rounding",
         "dataset_sampling",
         "allow_dataset_oversubscription",
-        "start",
     }
 )
 """Paths without indices; `adapter` stands for whatever kind it is."""

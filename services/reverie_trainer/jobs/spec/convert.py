@@ -3,7 +3,7 @@
 A field that the message does not give keeps the dataclass's default; None in a dataclass is a field that is not given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -17,7 +17,7 @@ Record = TypeVar("Record")
 def from_message(message: Message, record_class: type[Record]) -> Record:
     """Return the dataclass that a message describes."""
     given = {}
-    for name, record_type in _record_types(record_class).items():
+    for name, record_type in _record_types(cast(Hashable, record_class)).items():
         descriptor = _descriptor(message, name)
         if descriptor is not None and _is_given(message, descriptor):
             given[name] = _value(getattr(message, name), descriptor, record_type)
@@ -26,7 +26,7 @@ def from_message(message: Message, record_class: type[Record]) -> Record:
 
 def fill_message(message: Message, record: Any) -> None:
     """Set every field of a message that a dataclass has a value for."""
-    for name in _record_types(type(record)):
+    for name in _record_types(cast(Hashable, type(record))):
         descriptor = _descriptor(message, name)
         value = getattr(record, name)
         if descriptor is None or value is None:
