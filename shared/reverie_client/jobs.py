@@ -86,7 +86,7 @@ class Jobs:
         return (await call(self._stub.CancelTrainingJob, request, self._policy)).job
 
     async def resume(self, job_id: str, *, step: int = 0, request_id: str | None = None) -> TrainingJob:
-        """Take up a CANCELLED or FAILED job from its checkpoint of a step; later ones are forgotten; 0 is the newest."""
+        """Take up a CANCELLED or FAILED job from its checkpoint of a step, 0 for the newest, and forget later ones."""
         request = pb.ResumeTrainingJobRequest(job_id=job_id, step=step, request_id=new_request_id(request_id))
         return (await call(self._stub.ResumeTrainingJob, request, self._policy)).job
 

@@ -65,15 +65,16 @@ class TrainingEngine:
         optimizer = {f"{_OPTIMIZER}{name}": tensor for name, tensor in optimizer_tensors(self._optimizer).items()}
         return {name: to_raw(tensor.detach().clone()) for name, tensor in {**adapter, **optimizer}.items()}
 
-    def load_state(self, state: Mapping[str, RawTensor]) -> None:
-        """Take up what `state` gave.
+    def load_state(self, state: Mapping[str, RawTensor], *, adapter_only: bool = False) -> None:
+        """Take up what `state` gave, or of that the adapter alone.
 
         Raises:
             ValueError: it is that of another adapter or optimiser.
         """
         tensors = {name: from_raw(raw) for name, raw in state.items()}
         self._adapter.load_raw_state(_under(_ADAPTER, tensors))
-        load_optimizer_tensors(self._optimizer, _under(_OPTIMIZER, tensors))
+        if not adapter_only:
+            load_optimizer_tensors(self._optimizer, _under(_OPTIMIZER, tensors))
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate_at(

@@ -51,6 +51,11 @@ class LeasedJob:
         return _DTYPES[name]
 
     @property
+    def takes_adapter_alone(self) -> bool:
+        """Whether the checkpoint gives its adapter and nothing else: the start of a job with `start.adapter_only`."""
+        return self.checkpoint is not None and self.checkpoint.step == 0
+
+    @property
     def first_step(self) -> int:
         """The first step to train, from 1."""
         return 1 if self.checkpoint is None else self.checkpoint.step + 1

@@ -27,6 +27,8 @@ class Orders:
         self._lock = threading.Lock()
         self._order = Order.GO_ON
         self._why = ""
+        self._num_pictures_asked = 0
+        self._num_pictures_seen = 0
 
     @property
     def current(self) -> Order:
@@ -37,6 +39,20 @@ class Orders:
     def why(self) -> str:
         """Why, in words."""
         return self._why
+
+    def note_picture_requests(self, num_requests: int, *, are_new: bool = True) -> None:
+        """Take note of how often people have asked for pictures so far."""
+        with self._lock:
+            self._num_pictures_asked = max(self._num_pictures_asked, num_requests)
+            if not are_new:
+                self._num_pictures_seen = self._num_pictures_asked
+
+    def take_picture_request(self) -> bool:
+        """Whether somebody has asked for pictures since this was called last."""
+        with self._lock:
+            is_asked = self._num_pictures_asked > self._num_pictures_seen
+            self._num_pictures_seen = self._num_pictures_asked
+            return is_asked
 
     def give(self, order: Order, why: str) -> None:
         """Give an order; one that is weaker than the present one changes nothing."""

@@ -153,7 +153,7 @@ class _Worker:
             device=choose_device(self.settings.device),
             job=job,
         )
-        log = MetricsLog(b"" if job.checkpoint is None else get_object(self.store, job.checkpoint.metrics))
+        log = MetricsLog(self._metrics_so_far(job))
         with self._pictures(job) as pictures:
             trained = self._train(job, loader, log, pictures)
             if trained is None:
@@ -163,6 +163,11 @@ class _Worker:
                 completion = finisher.finish(trained, log.body())
             pictures.drain(self.settings.validation_wait_seconds, lambda: self.office.orders.current is not Order.GO_ON)
             return completion
+
+    def _metrics_so_far(self, job: LeasedJob) -> bytes:
+        if job.checkpoint is None or job.takes_adapter_alone:
+            return b""
+        return get_object(self.store, job.checkpoint.metrics)
 
     def _train(self, job: LeasedJob, loader: ModelLoader, log: MetricsLog, pictures: Pictures) -> TrainedAdapter | None:
         """Train to the end; None if an order came first. Leaves nothing of the model in memory."""
@@ -209,7 +214,8 @@ class _Worker:
             self.office.outbox.adapter(num_modules=adapter.num_modules, num_parameters=adapter.num_parameters)
             engine = loader.engine(transformer, adapter)
             if job.checkpoint is not None:
-                engine.load_state(read_state(self.store, job.checkpoint))
+                state = read_state(self.store, job.checkpoint)
+                engine.load_state(state, adapter_only=job.takes_adapter_alone)
         return transformer, engine
 
     @contextmanager

@@ -94,6 +94,7 @@ class TrainerLink:
         request = LeaseJobRequest(job_id=job_id, worker_id=worker_id, worker_token=token)
         response = await self._patiently(lambda: self._stub.LeaseJob(request, timeout=CALL_TIMEOUT_SECONDS))
         self._lease_id = response.lease_id
+        self._orders.note_picture_requests(response.job.num_validation_requests, are_new=False)
         return response
 
     async def report(self) -> None:
@@ -141,6 +142,7 @@ class TrainerLink:
             except TrainerGoneError as error:
                 self._orders.give(Order.DESERT, str(error))
                 return False
+        self._orders.note_picture_requests(response.num_validation_requests)
         if response.should_stop:
             self._orders.give(Order.STOP, "the trainer asked to stop")
         return True

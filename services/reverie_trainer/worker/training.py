@@ -41,7 +41,8 @@ class TrainingLoop:
             if self.orders.current is not Order.GO_ON:
                 return self._end_early(step - 1)
             self._train(step)
-            if self.pictures.is_due(step):
+            is_asked = self.orders.take_picture_request()
+            if is_asked or self.pictures.is_due(step):
                 self.pictures.ask(step, self.adapter_file(step))
             if self._is_save_due(step):
                 self._save(step)
