@@ -50,8 +50,13 @@ class EncoderService:
         """
         await asyncio.to_thread(self._store.check)
         engine = await asyncio.to_thread(load_encoders, self._settings, self._store)
-        self._embeddings = Embeddings(engine=engine, store=self._store, limits=self._settings.batch_limits())
-        self._embeddings.start()
+        self._embeddings = Embeddings(
+            engine=engine,
+            store=self._store,
+            limits=self._settings.batch_limits(),
+            max_on_demand=self._settings.on_demand_objects,
+        )
+        await self._embeddings.start()
         self._servicer.serve(self._embeddings)
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceServicer
 from reverie_common.concurrency import as_ready
 from reverie_common.errors import FieldViolation, InvalidArgumentError, UnavailableError
 
-from reverie_encoder.embeddings import Embedded, Embeddings
+from reverie_encoder.embeddings import STORAGES, Embedded, Embeddings
 
 MAX_PROMPTS = 1024
 MAX_PROMPT_CHARACTERS = 8192
@@ -44,7 +44,8 @@ class EncoderServicer(EncoderServiceServicer):
 
         async def embed(numbered: tuple[int, str]) -> encoder_pb2.EncodePromptsResponse:
             index, prompt = numbered
-            embedded = await asyncio.gather(*(embeddings.embed(name, prompt) for name in names))
+            storage = request.storage or STORAGES[0]
+            embedded = await asyncio.gather(*(embeddings.embed(name, prompt, storage) for name in names))
             return encoder_pb2.EncodePromptsResponse(prompt_index=index, embeddings=map(_to_proto, embedded))
 
         async for response in as_ready(enumerate(request.prompts), embed, max_in_flight=self._max_in_flight):
@@ -83,12 +84,17 @@ def _to_proto(embedded: Embedded) -> encoder_pb2.Embedding:
         cached=embedded.cached,
         num_tokens=embedded.cut.num_tokens,
         dropped_text=embedded.cut.dropped_text,
+        relative_error=embedded.tensor.relative_error,
     )
 
 
 def _checked_encoders(request: encoder_pb2.EncodePromptsRequest, *, held: Sequence[str]) -> Sequence[str]:
     """Names of the encoders asked for; raises InvalidArgumentError with everything that is wrong with the request."""
-    violations = [*_prompt_violations(request.prompts), *_encoder_violations(request.encoders, held)]
+    violations = [
+        *_prompt_violations(request.prompts),
+        *_encoder_violations(request.encoders, held),
+        *_storage_violations(request.storage),
+    ]
     if violations:
         raise InvalidArgumentError(
             f"{len(violations)} fields of the request are wrong, the first: {violations[0].description}",
@@ -121,6 +127,13 @@ def _encoder_violations(encoders: Sequence[int], held: Sequence[str]) -> list[Fi
         for index, encoder in enumerate(encoders)
         if _NAME_OF_ENCODER.get(encoder) not in held
     ]
+
+
+def _storage_violations(storage: str) -> list[FieldViolation]:
+    if not storage or storage in STORAGES:
+        return []
+    description = f"{storage[:40]!r} is no way to keep embeddings; use one of {', '.join(STORAGES)}"
+    return [FieldViolation(field="storage", description=description)]
 
 
 def _encoder_name(encoder: int) -> str:

@@ -84,6 +84,10 @@ class EncoderSettings(ServerSettings, StoreSettings):
     max_in_flight: int = Field(default=64, ge=1)
     """Prompts of one request that are worked on at a time, so that one request does not fill the queue."""
 
+    on_demand_objects: int = Field(default=256, ge=4)
+    """Embeddings kept in the store for jobs with embedding_storage `on_demand`, of all encoders of this process; the
+    oldest are deleted. A prompt is one object for each encoder."""
+
     @field_validator("encoders")
     @classmethod
     def _check_encoders(cls, encoders: tuple[str, ...]) -> tuple[str, ...]:

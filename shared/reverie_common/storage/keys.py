@@ -36,6 +36,16 @@ def text_key(encoder_fingerprint: str, digest: str) -> str:
     return f"v1/text/{encoder_fingerprint}/{_split(digest)}"
 
 
+def on_demand_key(encoder_fingerprint: str, digest: str) -> str:
+    """One encoder's embedding of one text that is kept for a while only."""
+    return f"{on_demand_prefix(encoder_fingerprint)}{_split(digest)}"
+
+
+def on_demand_prefix(encoder_fingerprint: str) -> str:
+    """Prefix of everything that one encoder keeps for a while only."""
+    return f"v1/on_demand/{encoder_fingerprint}/"
+
+
 def latent_key(vae_fingerprint: str, digest: str) -> str:
     """The posterior of one image under one crop plan."""
     return f"v1/latent/{vae_fingerprint}/{_split(digest)}"

@@ -45,7 +45,14 @@ def get_object(store: ObjectStore, ref: ObjectRef, *, max_size_bytes: int | None
 
 
 def put_tensor(
-    store: ObjectStore, key: str, name: str, tensor: RawTensor, *, compressed: bool, encoding: str = EXACT
+    store: ObjectStore,
+    key: str,
+    name: str,
+    tensor: RawTensor,
+    *,
+    compressed: bool,
+    encoding: str = EXACT,
+    has_companion: bool = True,
 ) -> TensorRef:
     """Create a safetensors object of one tensor and refer to it. Blocks; safe to repeat.
 
@@ -55,6 +62,7 @@ def put_tensor(
     Args:
         compressed: without loss, by codec.py.
         encoding: EXACT or INT8_GROUPS.
+        has_companion: whether to write the companion, by which tensor_ref_if_present finds the tensor.
     """
     tensors, metadata = _encode(name, tensor, encoding)
     body = pack_tensors(tensors, metadata)
@@ -77,7 +85,8 @@ def put_tensor(
         encoding=encoding,
         relative_error=float(metadata.get("relative_error", 0.0)),
     )
-    store.create(reference_key(key), MessageToJson(ref, indent=None).encode(), media_type=JSON_MEDIA_TYPE)
+    if has_companion:
+        store.create(reference_key(key), MessageToJson(ref, indent=None).encode(), media_type=JSON_MEDIA_TYPE)
     return ref
 
 

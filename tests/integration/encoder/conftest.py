@@ -42,9 +42,12 @@ def ask() -> Ask:
     """Encodes prompts and gives the answers by index, each exactly once."""
 
     async def encode(
-        stub: "EncoderServiceAsyncStub", prompts: Sequence[str], encoders: Sequence[encoder_pb2.Encoder.ValueType] = ()
+        stub: "EncoderServiceAsyncStub",
+        prompts: Sequence[str],
+        encoders: Sequence[encoder_pb2.Encoder.ValueType] = (),
+        storage: str = "",
     ) -> dict[int, encoder_pb2.EncodePromptsResponse]:
-        request = encoder_pb2.EncodePromptsRequest(prompts=prompts, encoders=encoders)
+        request = encoder_pb2.EncodePromptsRequest(prompts=prompts, encoders=encoders, storage=storage)
         call = stub.EncodePrompts(request)
         answers = [answer async for answer in call]
         assert sorted(answer.prompt_index for answer in answers) == list(range(len(prompts)))

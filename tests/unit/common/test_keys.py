@@ -57,6 +57,7 @@ ALL_KEYS = [
     keys.image_key(DIGEST),
     keys.inspection_key(DIGEST, "v2"),
     keys.text_key("f", DIGEST),
+    keys.on_demand_key("f", DIGEST),
     keys.latent_key("f", DIGEST),
     keys.sample_key(DIGEST),
     keys.adapter_snapshot_key(DIGEST),
