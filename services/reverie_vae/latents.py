@@ -109,9 +109,10 @@ class Latents:
         raw = await asyncio.to_thread(get_tensor, self._store, latents)
         loop = asyncio.get_running_loop()
         async with self._decoding.submit(raw) as pictures:
+            keys = [picture_key(latents.sha256, index, self.facts.fingerprint) for index in range(len(pictures))]
             writes = [
-                loop.run_in_executor(self._decoders, self._put_png, picture_key(latents.sha256, index, self.facts), one)
-                for index, one in enumerate(pictures)
+                loop.run_in_executor(self._decoders, put_png, self._store, key, picture)
+                for key, picture in zip(keys, pictures, strict=True)
             ]
             return list(await asyncio.gather(*writes))
 
@@ -128,11 +129,13 @@ class Latents:
     def _decode(self, batch: Sequence[RawTensor]) -> list[list[np.ndarray]]:
         return [self._engine.decode(latents) for latents in batch]
 
-    def _put_png(self, key: str, picture: np.ndarray) -> ObjectRef:
-        with STAGE_SECONDS.labels("png").time():
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, "PNG")
-        return put_object(self._store, key, file.getvalue(), "image/png")
+
+def put_png(store: ObjectStore, key: str, picture: np.ndarray) -> ObjectRef:
+    """Write a picture (H, W, 3) uint8 as a PNG. Blocks."""
+    with STAGE_SECONDS.labels("png").time():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+    return put_object(store, key, file.getvalue(), "image/png")
 
 
 def moments_key(vae_fingerprint: str, image_sha256: str, plan: ResizeCrop) -> str:
@@ -141,6 +144,6 @@ def moments_key(vae_fingerprint: str, image_sha256: str, plan: ResizeCrop) -> st
     return latent_key(vae_fingerprint, content_digest(record))
 
 
-def picture_key(latents_sha256: str, index: int, facts: VaeFacts) -> str:
-    """Key of the picture of one latent of a tensor object."""
-    return sample_key(content_digest({"latents": latents_sha256, "index": index, "vae": facts.fingerprint}))
+def picture_key(latents_sha256: str, index: int, decoder_fingerprint: str) -> str:
+    """Key of the picture of one latent of a tensor object, as one decoder makes it."""
+    return sample_key(content_digest({"latents": latents_sha256, "index": index, "vae": decoder_fingerprint}))

@@ -14,6 +14,7 @@ from reverie_vae.images import ResizeCrop
 from reverie_vae.inspections import Inspections
 from reverie_vae.latents import Latents
 from reverie_vae.metrics import REJECTIONS
+from reverie_vae.previews import Previews
 from reverie_vae.rejections import ImageRejectedError
 from reverie_vae.requests import KeyOf, check_latents, checked_images, checked_plans
 
@@ -24,6 +25,7 @@ class VaeDomain:
 
     inspections: Inspections
     latents: Latents
+    previews: Previews
     key_of: KeyOf
 
 
@@ -87,12 +89,22 @@ class VaeServicer(VaeServiceServicer):
         check_latents(request.latents, domain.key_of, domain.latents.facts)
         return vae_pb2.DecodeLatentsResponse(images=await domain.latents.decode(request.latents))
 
+    async def PreviewLatents(  # noqa: N802 - gRPC's name
+        self, request: vae_pb2.PreviewLatentsRequest, context: Any
+    ) -> vae_pb2.PreviewLatentsResponse:
+        """See the proto."""
+        del context
+        domain = self._domain()
+        check_latents(request.latents, domain.key_of, domain.latents.facts)
+        return vae_pb2.PreviewLatentsResponse(images=await domain.previews.decode(request.latents))
+
     async def DescribeVae(  # noqa: N802 - gRPC's name
         self, request: vae_pb2.DescribeVaeRequest, context: Any
     ) -> vae_pb2.DescribeVaeResponse:
         """See the proto."""
         del request, context
-        latents = self._domain().latents
+        domain = self._domain()
+        latents = domain.latents
         return vae_pb2.DescribeVaeResponse(
             fingerprint=latents.facts.fingerprint,
             device=latents.facts.device,
@@ -100,6 +112,8 @@ class VaeServicer(VaeServiceServicer):
             max_pixels=latents.max_pixels,
             scaling_factor=latents.facts.scaling_factor,
             shift_factor=latents.facts.shift_factor,
+            preview_fingerprint=domain.previews.fingerprint,
+            preview_decoder=domain.previews.location,
         )
 
     def _domain(self) -> VaeDomain:

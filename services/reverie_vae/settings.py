@@ -37,6 +37,10 @@ class VaeSettings(ServerSettings, StoreSettings):
     num_threads: int = Field(default=1, ge=1)
     """torch threads on the CPU."""
 
+    preview_decoder: str = ""
+    """Tiny decoder of previews: a directory, an s3:// prefix or a Hub id; `none` for no previews. Default: vae_preview/
+    of the checkpoint if it is there, else madebyollin/taef1. It is loaded with the first preview."""
+
     decode_threads: int = Field(default=2, ge=1)
     """Image files that are fetched and decoded at a time. Each takes up to 3 bytes for each of max_pixels."""
 

@@ -34,6 +34,11 @@ class Vae:
         answer = await call(self._stub.DecodeLatents, pb.DecodeLatentsRequest(latents=latents), self._policy)
         return tuple(answer.images)
 
+    async def preview(self, latents: TensorRef) -> tuple[ObjectRef, ...]:
+        """Return one small PNG in the store for each of the scaled latents [N, 16, height/8, width/8], made quickly."""
+        answer = await call(self._stub.PreviewLatents, pb.PreviewLatentsRequest(latents=latents), self._policy)
+        return tuple(answer.images)
+
     async def describe(self) -> pb.DescribeVaeResponse:
         """Return what the server holds."""
         return await call(self._stub.DescribeVae, pb.DescribeVaeRequest(), self._policy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,22 @@ from reverie_hidream.conditioning import TextConditioning, join
 from reverie_hidream.flow import automatic_mu
 from reverie_hidream.transformer import VAE_SCALE, check_image_size, predict_velocity
 
+SCHEDULERS = ("unipc", "euler", "flash")
+"""Sampling methods that can be asked for by name besides the checkpoint's own (spec 7.2)."""
+
+DEFAULT_SHIFT = 3.0
+_FLOW_UNIPC: Mapping[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+Predict = Callable[
+    [diffusers.HiDreamImageTransformer2DModel, torch.Tensor, torch.Tensor, TextConditioning], torch.Tensor
+]
+"""What predicts a velocity: `predict_velocity`, or the same compiled."""
+
 _OFFICIAL_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # Classes of HiDream's own code, and the diffusers class and settings that do the same (spec 1.7).
     "FlowUniPCMultistepScheduler": (
         "UniPCMultistepScheduler",
-        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        _FLOW_UNIPC,
     ),
     "FlashFlowMatchEulerDiscreteScheduler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
 }
@@ -30,6 +42,36 @@ _OFFICIAL_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 class SamplingStoppedError(Exception):
     """`should_stop` answered yes; nothing was drawn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPreview:
+    """What a picture would be if it were finished after this step."""
+
+    step: int
+    """Steps done, from 1."""
+    num_steps: int
+    timestep: float
+    """0 to 1000: where the step began."""
+    latents: torch.Tensor
+    """(B, C, h, w) float32, scaled, on the model's device: x0 as the step predicts it, after the last step the result.
+
+    The latents of the step itself are mostly noise for the first half of the schedule; their x0 shows the composition
+    from the first step on.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewHook:
+    """Who sees a picture on its way, and how often."""
+
+    every: int
+    """After the first step and after every so many (spec 7.5); at least 1."""
+    show: Callable[[StepPreview], None]
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is a preview after so many steps."""
+        return step == 1 or step % self.every == 0
 
 
 def load_scheduler(checkpoint: Path) -> Any:
@@ -51,6 +93,41 @@ def load_scheduler(checkpoint: Path) -> Any:
     if alias == "UniPCMultistepScheduler" and alias != name:
         extra = {**extra, "flow_shift": config.get("shift", 3.0)}
     return scheduler_class.from_config(config, **extra)
+
+
+def named_scheduler(name: str, own: Any) -> Any:
+    """A scheduler by its name, with the shift of the checkpoint's own.
+
+    `unipc` is diffusers' UniPC of order 2 on flow sigmas; `euler` is flow-matching Euler; `flash` is Euler that draws
+    fresh noise at every step, as HiDream's Dev and Fast do (spec 1.7).
+
+    Raises:
+        ValueError: the name is none of SCHEDULERS.
+    """
+    shift = own.config.get("flow_shift") or own.config.get("shift") or DEFAULT_SHIFT
+    if name == "unipc":
+        return diffusers.UniPCMultistepScheduler(**_FLOW_UNIPC, flow_shift=shift)
+    if name in ("euler", "flash"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=name == "flash")
+    raise ValueError(
+        f"there is no scheduler {name!r}; use one of {', '.join(SCHEDULERS)}, or none for the checkpoint's"
+    )
+
+
+def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
+    """Bring the spread of a guided prediction back to the conditional one's, sample by sample (spec 7.2).
+
+    Args:
+        guided: (B, C, h, w).
+        conditional: (B, C, h, w), the prediction without guidance.
+        share: phi, 0 (as guided) to 1 (the spread of the conditional one).
+
+    Returns:
+        share * guided * std(conditional) / std(guided) + (1 - share) * guided.
+    """
+    dims = tuple(range(1, guided.ndim))
+    ratio = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return share * (guided * ratio) + (1.0 - share) * guided
 
 
 def initial_noise(seed: int, height: int, width: int, num_channels: int = 16) -> torch.Tensor:
@@ -76,7 +153,10 @@ def draw(
     noise: torch.Tensor,
     shift: float | None = None,
     seed: int = 0,
+    guidance_rescale: float = 0.0,
+    predict: Predict = predict_velocity,
     on_step: Callable[[int, int], None] | None = None,
+    previews: PreviewHook | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Turn noise into latents. Blocks for all steps.
@@ -91,7 +171,10 @@ def draw(
         guidance_scale: classifier-free guidance; up to 1 switches it off, and halves the time.
         shift: of the schedule; None is the scheduler's own.
         seed: for the schedulers that draw noise at every step.
+        guidance_rescale: 0 to 1; see `rescale_guidance`. Matters where there is guidance.
+        predict: what computes velocities; the compiled form of `predict_velocity` draws faster.
         on_step: called after every step with (steps done, steps in all).
+        previews: called in this thread, after `on_step`.
         should_stop: asked before every step.
 
     Returns:
@@ -107,6 +190,7 @@ def draw(
     # The unconditional half comes first, as in every HiDream pipeline.
     conditioning = join(negative, positive) if guidance_scale > 1.0 and negative is not None else positive
     conditioning = conditioning.to(device, transformer.x_embedder.proj.bias.dtype)
+    guidance = _Guidance(scale=guidance_scale, rescale=guidance_rescale)
     stepper = _start_schedule(scheduler, num_inference_steps, transformer.max_seq, shift, device)
     step_arguments = _step_arguments(stepper, seed)
 
@@ -115,26 +199,49 @@ def draw(
     for index, timestep in enumerate(stepper.timesteps):
         if should_stop is not None and should_stop():
             raise SamplingStoppedError(f"stopped after {index} of {num_steps} steps")
-        velocity = _guided_velocity(transformer, latents, timestep, conditioning, guidance_scale)
-        latents = stepper.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
+        velocity = guidance.velocity(predict, transformer, latents, timestep, conditioning)
+        before = latents
+        latents = stepper.step(velocity, timestep, before, return_dict=False, **step_arguments)[0]
         if on_step is not None:
             on_step(index + 1, num_steps)
+        if previews is not None and previews.is_due(index + 1):
+            previews.show(_preview(stepper, index, before, velocity, latents))
     return latents
 
 
-def _guided_velocity(
-    transformer: diffusers.HiDreamImageTransformer2DModel,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    conditioning: TextConditioning,
-    guidance_scale: float,
-) -> torch.Tensor:
-    if guidance_scale <= 1.0:
-        return predict_velocity(transformer, latents, timestep.expand(latents.shape[0]), conditioning)
-    inputs = torch.cat([latents, latents])
-    velocity = predict_velocity(transformer, inputs, timestep.expand(inputs.shape[0]), conditioning)
-    unconditional, conditional = velocity.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+def _preview(
+    stepper: Any, index: int, before: torch.Tensor, velocity: torch.Tensor, after: torch.Tensor
+) -> StepPreview:
+    num_steps = len(stepper.timesteps)
+    is_last = index + 1 == num_steps
+    return StepPreview(
+        step=index + 1,
+        num_steps=num_steps,
+        timestep=float(stepper.timesteps[index]),
+        latents=after if is_last else before - stepper.sigmas[index].to(before) * velocity,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Guidance:
+    scale: float
+    rescale: float
+
+    def velocity(
+        self,
+        predict: Predict,
+        transformer: diffusers.HiDreamImageTransformer2DModel,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: TextConditioning,
+    ) -> torch.Tensor:
+        if self.scale <= 1.0:
+            return predict(transformer, latents, timestep.expand(latents.shape[0]), conditioning)
+        inputs = torch.cat([latents, latents])
+        velocity = predict(transformer, inputs, timestep.expand(inputs.shape[0]), conditioning)
+        unconditional, conditional = velocity.chunk(2)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        return rescale_guidance(guided, conditional, self.rescale) if self.rescale > 0.0 else guided
 
 
 def _check_inputs(

@@ -1,6 +1,7 @@
 """A complete HiDream-I1 checkpoint of a few megabytes: real classes, real tokenizers, random weights.
 
-It has the Hugging Face layout of the released checkpoint plus `text_encoder_4/` and `tokenizer_4/`, and is loaded by
+It has the Hugging Face layout of the released checkpoint plus `text_encoder_4/`, `tokenizer_4/` and `vae_preview/` (the
+tiny decoder of previews, whose pictures are as random as its weights), and is loaded by
 exactly the code that loads the 17 B one. The same seed gives the same bytes. `python -m reverie_hidream.tiny DIR`
 writes one.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     HiDreamImagePipeline,
     HiDreamImageTransformer2DModel,
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from reverie_hidream.checkpoint import progress_bars_disabled
+from reverie_hidream.tiny_decoder import PART as PREVIEW_PART
 from reverie_hidream.tiny_tokenizers import clip_tokenizer, corpus_lines, llama_tokenizer, t5_tokenizer
 from reverie_hidream.tiny_weights import draw_weights, shape_posterior
 
@@ -52,6 +55,7 @@ def make_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
         built = Path(scratch) / "checkpoint"
         with progress_bars_disabled():
             _pipeline(seed).save_pretrained(built, safe_serialization=True)
+            _preview_decoder(seed).save_pretrained(built / PREVIEW_PART, safe_serialization=True)
         _name_tokenizer_portably(built)
         if directory.exists():
             shutil.rmtree(directory)
@@ -179,6 +183,18 @@ def _vae() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def _preview_decoder(seed: int) -> AutoencoderTiny:
+    """In taef1's layout, narrower."""
+    decoder = AutoencoderTiny(
+        latent_channels=16,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+    )
+    draw_weights(decoder, seed=seed, component=PREVIEW_PART)
+    decoder.requires_grad_(False).eval()
+    return nn.Module.to(decoder, torch.bfloat16)
 
 
 def _name_tokenizer_portably(checkpoint: Path) -> None:

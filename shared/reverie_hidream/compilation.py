@@ -1,0 +1,49 @@
+"""The velocity's computation through `torch.compile`; where that does not work, as it is, with the reason."""
+
+from __future__ import annotations
+
+import logging
+
+import diffusers
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from reverie_hidream.conditioning import TextConditioning
+from reverie_hidream.transformer import predict_velocity
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledPrediction:
+    """Predicts velocities as `predict_velocity` does. For one thread."""
+
+    def __init__(self, *, backend: str = "inductor") -> None:
+        """Nothing is compiled before the first call.
+
+        Args:
+            backend: of torch.compile; `inductor` needs a C++ compiler on a CPU and Triton on a GPU.
+        """
+        # Each size is compiled for itself: a job draws few sizes, and shapes that are not known cost speed.
+        self._compiled = torch.compile(predict_velocity, backend=backend, dynamic=False)
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why velocities are computed without compiling; None while compiling works."""
+        return self._problem
+
+    def __call__(
+        self,
+        transformer: diffusers.HiDreamImageTransformer2DModel,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: TextConditioning,
+    ) -> torch.Tensor:
+        """See `predict_velocity`. The first call of a size takes seconds to minutes."""
+        if self._problem is None:
+            try:
+                return self._compiled(transformer, latents, timesteps, conditioning)
+            except TorchDynamoException as error:
+                self._problem = str(error).strip().splitlines()[0]
+                logger.warning("the transformer cannot be compiled here: %s", self._problem)
+        return predict_velocity(transformer, latents, timesteps, conditioning)
