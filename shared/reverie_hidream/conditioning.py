@@ -48,6 +48,11 @@ class TextConditioning:
             pooled=self.pooled.to(device=device, dtype=dtype),
         )
 
+    def select(self, indices: Sequence[int]) -> TextConditioning:
+        """The prompts at these places."""
+        chosen = list(indices)
+        return TextConditioning(t5=self.t5[chosen], llama=self.llama[:, chosen], pooled=self.pooled[chosen])
+
     def repeat(self, num_copies: int) -> TextConditioning:
         """Each prompt `num_copies` times, copies of one prompt next to each other."""
         return TextConditioning(

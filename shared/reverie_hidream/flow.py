@@ -13,6 +13,9 @@ import torch
 TIMESTEP_SCALE = 1000.0
 """Timestep of sigma 1 (spec 0.1, decision 2)."""
 
+MIN_SIGMA = 0.001
+"""Last noise level of a schedule, before the shift."""
+
 BASE_TOKENS, MAX_TOKENS = 256, 4096
 BASE_MU, MAX_MU = 0.5, 1.15
 
@@ -26,6 +29,28 @@ def shift_sigma(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"flow schedule shift {shift} is not a positive number; 1.0 leaves the levels as they are")
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+
+
+def unshift_sigma(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """Undo `shift_sigma`: the level that becomes `sigmas` by this shift."""
+    return sigmas / (shift - (shift - 1.0) * sigmas)
+
+
+def schedule_sigmas(num_steps: int, shift: float) -> torch.Tensor:
+    """Noise levels of a picture in so many steps: 1 to 0.001 in equal steps, then the shift (spec 7.6).
+
+    The last step, to 0, is not among them. The same as diffusers' FlowMatchEulerDiscreteScheduler whose sigma_min is
+    0.001 before the shift.
+
+    Args:
+        num_steps: 2 or more.
+
+    Returns:
+        (num_steps,) float32, falling.
+    """
+    if num_steps < 2:
+        raise ValueError(f"a schedule of {num_steps} steps has no spacing; use 2 or more")
+    return shift_sigma(torch.linspace(1.0, MIN_SIGMA, num_steps, dtype=torch.float64), shift).float()
 
 
 def automatic_mu(num_tokens: int) -> float:

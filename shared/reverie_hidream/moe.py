@@ -4,18 +4,41 @@ diffusers' inference path runs the routed experts under no_grad, and its trainin
 boolean masks, two host synchronisations for each expert. Here tokens are sorted by expert once, so that each expert
 sees one contiguous slice; one host synchronisation for each layer, none with grouped GEMM.
 
-T tokens of the whole batch, D width, K experts per token.
+T tokens of the whole batch, D width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 _STACKS = "_reverie_stacks"
+
+
+class RouterUse(NamedTuple):
+    """How one layer's router spread the tokens of a batch; float32, float64 for a float64 model."""
+
+    scores: torch.Tensor
+    """(E,): mean of the router's scores over the tokens, with its gradient."""
+    shares: torch.Tensor
+    """(E,): share of the assignments that went to each expert, without a gradient."""
+    entropy: torch.Tensor
+    """(): of the scores in nats, mean over the tokens, without a gradient."""
+
+
+class Routing(NamedTuple):
+    """What a router decided."""
+
+    weights: torch.Tensor
+    """(T, K): raw softmax values, not renormalised (spec 2.1)."""
+    experts: torch.Tensor
+    """(T, K): indices of the experts."""
+    scores: torch.Tensor
+    """(T, E): softmax over the experts."""
 
 
 def moe_forward(moe: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -25,19 +48,60 @@ def moe_forward(moe: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         moe: diffusers' `MOEFeedForwardSwiGLU`.
         hidden: (B, S, D).
     """
-    tokens = hidden.reshape(-1, hidden.shape[-1])
-    weights, experts = route(moe, tokens)
-    routed = _routed_experts(moe, tokens, weights, experts)
-    shared: torch.Tensor = moe.shared_experts(hidden)  # type: ignore[operator]  # nn.Module attributes are untyped
-    return routed.view(hidden.shape) + shared
+    return _mix(moe, hidden, route(moe, hidden.reshape(-1, hidden.shape[-1])))
 
 
-def route(moe: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and indices of the experts of each token, both (T, K); the weights are not renormalised (spec 2.1)."""
+def watched_moe_forward(
+    moe: nn.Module, hidden: torch.Tensor, token_counts: torch.Tensor
+) -> tuple[torch.Tensor, RouterUse]:
+    """As `moe_forward`, and how the router spread the tokens.
+
+    Args:
+        token_counts: (S,) float32: how many tokens of the unfolded sequence each one stands for.
+    """
+    routing = route(moe, hidden.reshape(-1, hidden.shape[-1]))
+    return _mix(moe, hidden, routing), router_use(routing, token_counts)
+
+
+def route(moe: nn.Module, tokens: torch.Tensor) -> Routing:
+    """Choose the experts of each token (spec 2.1)."""
     gate: Any = moe.gate
     scores = functional.linear(tokens, gate.weight).softmax(dim=-1)
     weights, experts = torch.topk(scores, k=gate.top_k, dim=-1, sorted=False)
-    return weights, experts
+    return Routing(weights, experts, scores)
+
+
+def router_use(routing: Routing, token_counts: torch.Tensor) -> RouterUse:
+    """Sum up what a router decided.
+
+    Args:
+        token_counts: (S,) float32, where T is B * S.
+    """
+    scores = routing.scores.to(torch.promote_types(routing.scores.dtype, torch.float32))
+    num_samples = scores.shape[0] // token_counts.shape[0]
+    portions = (token_counts / (num_samples * token_counts.sum())).to(scores.dtype).repeat(num_samples)
+    with torch.no_grad():
+        num_experts, per_token = scores.shape[-1], routing.experts.shape[-1]
+        assigned = functional.one_hot(routing.experts, num_experts).sum(dim=1).to(scores.dtype)
+        shares = portions @ assigned / per_token
+        entropy = portions @ torch.special.entr(scores).sum(dim=-1)
+    return RouterUse(portions @ scores, shares, entropy)
+
+
+def load_balancing_loss(uses: Sequence[RouterUse]) -> torch.Tensor:
+    """sum over experts of E * share * mean score, mean over the layers: 1 where all are balanced (spec 2.3). ()
+
+    The gradient flows through the scores alone; a share is a count and has none.
+    """
+    scores = torch.stack([use.scores for use in uses])
+    shares = torch.stack([use.shares for use in uses])
+    return (scores * shares).sum(dim=-1).mean() * scores.shape[-1]
+
+
+def _mix(moe: nn.Module, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+    routed = _routed_experts(moe, hidden.reshape(-1, hidden.shape[-1]), routing.weights, routing.experts)
+    shared: torch.Tensor = moe.shared_experts(hidden)  # type: ignore[operator]  # nn.Module attributes are untyped
+    return routed.view(hidden.shape) + shared
 
 
 def _routed_experts(moe: nn.Module, tokens: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

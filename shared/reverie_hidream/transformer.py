@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reverie_hidream import blocks
 from reverie_hidream.conditioning import TextConditioning
-from reverie_hidream.moe import stack_experts
+from reverie_hidream.moe import RouterUse, stack_experts
 from reverie_hidream.pad_folding import TokenLayout, lay_out, patchify, plan_attention, unpatchify
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,7 @@ def predict_velocity(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     conditioning: TextConditioning,
+    router_uses: list[RouterUse] | None = None,
 ) -> torch.Tensor:
     """The velocity noise - latents that the model sees in noisy latents: its negated output (spec 3.1).
 
@@ -155,6 +156,7 @@ def predict_velocity(
         latents: (B, C, h, w), any floating dtype; computed in that of the model.
         timesteps: (B,) in 0 .. 1000, not rounded.
         conditioning: embeddings of B prompts.
+        router_uses: gets one entry for each layer with routed experts, the same with and without checkpointing.
 
     Returns:
         (B, C, h, w) float32 (float64 for a float64 model).
@@ -176,7 +178,7 @@ def predict_velocity(
         alignment=1 if device.type == "cpu" else _FUSED_ATTENTION_ALIGNMENT,
     )
     tokens = patchify(latents.to(dtype), layout, transformer.config.patch_size)
-    output = _predict_tokens(transformer, tokens, timesteps, conditioning.to(device, dtype), layout)
+    output = _predict_tokens(transformer, tokens, timesteps, conditioning.to(device, dtype), layout, router_uses)
     velocity = -unpatchify(output, layout, transformer.config.patch_size)
     return velocity.to(torch.promote_types(dtype, torch.float32))
 
@@ -187,26 +189,47 @@ def _predict_tokens(
     timesteps: torch.Tensor,
     conditioning: TextConditioning,
     layout: TokenLayout,
+    router_uses: list[RouterUse] | None,
 ) -> torch.Tensor:
     time_and_text = transformer.t_embedder(timesteps, tokens.dtype) + transformer.p_embedder(conditioning.pooled)
     captions = _Captions(transformer, conditioning)
     plan = plan_attention(transformer.pe_embedder, layout, captions.num_tokens, tokens)
     run = _block_runner(transformer)
+    # What a block returns is returned once; what it would leave somewhere else, a recomputed block would leave twice.
+    image_counts, all_counts = _token_counts(layout, captions.num_tokens, tokens.device, router_uses)
+    uses: list[RouterUse | None] = []
 
     image, text = transformer.x_embedder(tokens), captions.start()
     num_running = text.shape[1]
     for index, block in enumerate(transformer.double_stream_blocks):
         text = torch.cat([text, captions.of_block(index)], dim=1)
-        image, text = run(blocks.double_block, block.block, image, text, time_and_text, plan)
+        image, text, use = run(blocks.double_block, block.block, image, text, time_and_text, plan, image_counts)
         text = text[:, :num_running]
+        uses.append(use)
 
     hidden = torch.cat([image, text], dim=1)
     num_kept = hidden.shape[1]
     for index, block in enumerate(transformer.single_stream_blocks, start=len(transformer.double_stream_blocks)):
         hidden = torch.cat([hidden, captions.of_block(index)], dim=1)
-        hidden = run(blocks.single_block, block.block, hidden, time_and_text, plan)[:, :num_kept]
+        hidden, use = run(blocks.single_block, block.block, hidden, time_and_text, plan, all_counts)
+        hidden = hidden[:, :num_kept]
+        uses.append(use)
 
+    if router_uses is not None:
+        router_uses.extend(use for use in uses if use is not None)
     return blocks.final_layer(transformer.final_layer, hidden[:, : layout.num_real], time_and_text)
+
+
+def _token_counts(
+    layout: TokenLayout, num_text_tokens: int, device: torch.device, router_uses: list[RouterUse] | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """How many tokens each one stands for, of the image and of image and text; None where nobody asks."""
+    if router_uses is None:
+        return None, None
+    counts = torch.ones(layout.num_tokens + num_text_tokens, device=device)
+    if layout.num_pad_tokens:
+        counts[layout.num_real : layout.num_tokens] = layout.num_padding / layout.num_pad_tokens
+    return counts[: layout.num_tokens], counts
 
 
 class _Captions:
