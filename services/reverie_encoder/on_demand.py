@@ -77,8 +77,10 @@ class OnDemandTensors:
     async def _reserve(self) -> None:
         """Wait until there is something to delete or room, and make room."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._known or self._num_reserved < self._max_objects)
             while len(self) >= self._max_objects:
+                if not self._known:
+                    await self._changed.wait()
+                    continue
                 # Forgotten first: nobody shall be sent to an object that is being deleted.
                 key, ref = self._known.popitem(last=False)
                 try:
