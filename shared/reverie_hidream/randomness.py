@@ -15,6 +15,7 @@ Streams in use, each named for what it decides:
 | `noise`     | micro-step              | sample in the global batch     | the noise                                   |
 | `posterior` | micro-step (or 0)       | sample in the batch (or image) | the draw from the VAE's posterior           |
 | `adapter`   | 0                       | index of the module            | reserved for the adapter's start            |
+| `rounding`  | optimiser step          | index of the parameter         | seed of the rounding of bfloat16 weights    |
 """
 
 from __future__ import annotations
