@@ -63,15 +63,17 @@ class OnDemandTensors:
         await self._reserve()
         try:
             ref = await make()
-            self._known[key] = ref
-            return ref
         except BaseException:
             self._known.setdefault(key, None)
             self._known.move_to_end(key, last=False)
             raise
+        else:
+            self._known[key] = ref
+            return ref
         finally:
+            # In the same breath as the entry, so that nothing is counted twice.
+            self._num_reserved -= 1
             async with self._changed:
-                self._num_reserved -= 1
                 self._changed.notify_all()
 
     async def _reserve(self) -> None:
