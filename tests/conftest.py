@@ -109,3 +109,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not directory.exists():
             part.rename(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model of a few thousand random weights, with its tokenizer and image processor."""
+    import torch
+    from reverie_hidream.tiny_tokenizers import clip_tokenizer, corpus_lines
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 1024, "bos_token_id": 1022, "eos_token_id": 1023, "pad_token_id": 1023}
+    directory = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 16})
+        CLIPModel(config).save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(directory)
+    clip_tokenizer(corpus_lines(), model_max_length=77).save_pretrained(directory)
+    return directory

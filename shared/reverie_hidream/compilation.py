@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -13,11 +16,13 @@ from reverie_hidream.transformer import predict_velocity
 
 logger = logging.getLogger(__name__)
 
+_MAX_CHARACTERS = 300
+
 
 class CompiledPrediction:
     """Predicts velocities as `predict_velocity` does. For one thread."""
 
-    def __init__(self, *, backend: str = "inductor") -> None:
+    def __init__(self, *, backend: str | Callable[..., Any] = "inductor") -> None:
         """Nothing is compiled before the first call.
 
         Args:
@@ -42,8 +47,16 @@ class CompiledPrediction:
         """See `predict_velocity`. The first call of a size takes seconds to minutes."""
         if self._problem is None:
             try:
-                return self._compiled(transformer, latents, timesteps, conditioning)
+                return self._compute(transformer, latents, timesteps, conditioning)
             except TorchDynamoException as error:
-                self._problem = str(error).strip().splitlines()[0]
+                self._problem = " ".join(str(error).split())[:_MAX_CHARACTERS]
                 logger.warning("the transformer cannot be compiled here: %s", self._problem)
         return predict_velocity(transformer, latents, timesteps, conditioning)
+
+    def _compute(self, *arguments: Any) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # It traces through our cache of attention plans, whose values depend on their keys alone.
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+            warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
+            velocity: torch.Tensor = self._compiled(*arguments)
+        return velocity
