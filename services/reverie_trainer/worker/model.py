@@ -58,4 +58,6 @@ class ModelLoader:
 
     def engine(self, transformer: diffusers.HiDreamImageTransformer2DModel, adapter: LokrAdapter) -> TrainingEngine:
         """Everything that one training step needs."""
-        return TrainingEngine(transformer, adapter, self.job.spec.optimization)
+        return TrainingEngine(
+            transformer, adapter, self.job.spec.optimization, ema=self.job.spec.ema, seed=self.job.spec.seed
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -11,14 +10,12 @@ import torch
 
 from reverie_hidream.adapters.lokr import LokrAdapter
 from reverie_hidream.flow import flow_loss, noisy_latents, timesteps_of, velocity_target
-from reverie_hidream.optimizers import clip_gradients, set_learning_rate
+from reverie_hidream.optimizers import AdapterUpdate, NonFiniteLossError
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.training.objective import ObjectiveSettings
 from reverie_hidream.transformer import enable_gradient_checkpointing, predict_velocity
 
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is infinite or not a number; the adapter is as it was before the step."""
+__all__ = ["NonFiniteLossError", "StepResult", "StepSettings", "TrainingStep"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +25,6 @@ class StepSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
-    max_grad_norm: float = 2.0
-    grad_clip_method: str = "value"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +57,7 @@ class TrainingStep:
         self,
         transformer: diffusers.HiDreamImageTransformer2DModel,
         adapter: LokrAdapter,
-        optimizer: torch.optim.Optimizer,
+        update: AdapterUpdate,
         settings: StepSettings,
         *,
         learning_rate: Callable[[int], float],
@@ -71,16 +66,15 @@ class TrainingStep:
 
         Args:
             adapter: attached to the transformer.
-            optimizer: over the adapter's parameters.
+            update: over the adapter's parameters; it clips their gradients and steps them.
             learning_rate: of a step, counted from 1.
         """
         self._transformer = transformer
         self._adapter = adapter
-        self._optimizer = optimizer
+        self._update = update
         self._settings = settings
         self._learning_rate = learning_rate
         self._device = transformer.x_embedder.proj.bias.device
-        self._parameters = list(adapter.parameters())
         enable_gradient_checkpointing(transformer, settings.gradient_checkpointing)
         transformer.train()
 
@@ -88,25 +82,28 @@ class TrainingStep:
         """Take one optimiser step over `gradient_accumulation_steps` micro-batches. Blocks.
 
         Raises:
-            NonFiniteLossError: nothing was changed.
+            NonFiniteLossError: the message says whether the adapter was changed.
         """
         learning_rate = self._learning_rate(step)
+        self._update.begin(learning_rate)
         loss = torch.zeros((), device=self._device)
-        for batch in batches:
-            loss += self._accumulate(batch)
-        norm = clip_gradients(self._parameters, self._settings.grad_clip_method, self._settings.max_grad_norm)
-        # The only time in a step that the host waits for the device.
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise NonFiniteLossError(f"the loss at step {step} is {loss_value}, the norm of its gradient {norm_value}")
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss_value, learning_rate=learning_rate, gradient_norm=norm_value)
+        try:
+            for batch in batches:
+                loss += self._accumulate(batch)
+            figures = self._update.finish(loss)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"step {step}: {error}") from error
+        return StepResult(
+            loss=figures.loss,
+            learning_rate=learning_rate,
+            gradient_norm=figures.norm,
+            gradient_absmax=figures.absmax,
+        )
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
         """Add one micro-batch's share to the gradient; returns its share of the loss. ()"""
         loss = self._loss(batch) / self._settings.gradient_accumulation_steps
+        self._update.accept(loss)
         loss.backward()
         return loss.detach()
 
