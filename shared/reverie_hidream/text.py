@@ -67,7 +67,7 @@ def load_text_encoder(
     """
     if name not in _KINDS:
         raise ValueError(f"text encoder {name!r} is not known; use one of {', '.join(ENCODER_NAMES)}")
-    check_precision(precision)
+    check_precision(precision, device=device)
     kind = _KINDS[name]
     directories = [component_directory(checkpoint, part) for part in (kind.model_part, kind.tokenizer_part)]
     model, tokenizer = _load(kind, *directories, dtype=dtype)
@@ -141,7 +141,7 @@ class TextEncoder:
         busy. On an accelerator all prompts of the call are one batch.
         """
         groups = [prompts[i : i + 1] for i in range(len(prompts))] if self.device.type == "cpu" else [prompts]
-        # Clones can take part in autograd, which inference tensors cannot, and let go of the batch they came from.
+        # Clones let go of the batch that they came from.
         tensors = [tensor.clone() for group in groups if group for tensor in self._embed(group)]
         return [self._with_cut(prompt, tensor) for prompt, tensor in zip(prompts, tensors, strict=True)]
 
@@ -156,7 +156,8 @@ class TextEncoder:
         first_cut = words["offset_mapping"][self.max_length - num_special][0]
         return num_tokens, prompt[first_cut:].lstrip()
 
-    @torch.inference_mode()
+    # Not inference_mode: quanto's 2- and 4-bit weights are unpacked by an autograd function, which it does not allow.
+    @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         with self._tokenizer_lock:
             tokens = self._tokenizer(

@@ -7,18 +7,21 @@ every expert (spec 2.2), and non-square sizes cost what they contain (design 7).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import HiDreamImageTransformer2DModel
-from torch.utils.checkpoint import checkpoint
 
 from reverie_hidream import blocks
+from reverie_hidream.assembly import CheckpointWeights, assemble, parts_of
 from reverie_hidream.conditioning import TextConditioning
+from reverie_hidream.host_blocks import HostBlocks
+from reverie_hidream.memory import block_runner, blocks_of, host_blocks, keep_on_host, spread
 from reverie_hidream.moe import RouterUse, stack_experts
 from reverie_hidream.pad_folding import TokenLayout, lay_out, patchify, plan_attention, unpatchify
+from reverie_hidream.quantise import check_precision, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -53,25 +56,43 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     precision: str = "no_change",
+    quantize_via: str = "accelerator",
+    num_offloaded_blocks: int = 0,
 ) -> HiDreamImageTransformer2DModel:
     """Load `transformer/` of a checkpoint, frozen, with gradients through all experts, quantised if asked for.
 
-    Blocks while reading the weights: tens of seconds for the real ones.
+    Blocks while reading the weights: tens of seconds for the real ones. They come part by part, so that neither the
+    host nor the device holds more than the result and one unquantised block.
 
     Args:
         checkpoint_directory: a checkpoint in the Hugging Face layout (spec 1.1).
         dtype: of the weights that are not quantised, and of the computation.
-        precision: `no_change` or `int8-quanto`.
+        precision: one of `precisions.PRECISIONS`.
+        quantize_via: where weights are quantised: `accelerator`, on the device, or `cpu`.
+        num_offloaded_blocks: blocks whose weights wait in host memory for their turn.
 
     Raises:
         OSError: the weights or the configuration are missing.
-        ValueError: the precision is unknown.
+        ValueError: the precision is unknown or cannot be made there, or there are fewer blocks.
     """
-    transformer = HiDreamImageTransformer2DModel.from_pretrained(
-        checkpoint_directory, subfolder="transformer", dtype=dtype, local_files_only=True, force_inference_output=False
+    check_precision(precision, device=device)
+    config = HiDreamImageTransformer2DModel.load_config(
+        checkpoint_directory, subfolder="transformer", local_files_only=True
     )
-    prepare_transformer(transformer, precision=precision)
-    transformer.to(device)
+    transformer = build_meta_transformer(config)
+    offload = _Offload(transformer, num_offloaded_blocks, torch.device(device))
+    with CheckpointWeights(checkpoint_directory / "transformer") as weights:
+        assemble(
+            transformer,
+            weights,
+            device=torch.device(device),
+            dtype=dtype,
+            precision=precision,
+            quantize_via=quantize_via,
+            on_part=offload.take,
+        )
+    offload.finish()
+    prepare_transformer(transformer)
     if precision == "no_change" and torch.device(device).type == "cuda":
         _stack_all_experts(transformer)
     return transformer
@@ -85,10 +106,8 @@ def prepare_transformer(transformer: HiDreamImageTransformer2DModel, *, precisio
     """
     if any(getattr(module, "_force_inference_output", False) for module in transformer.modules()):
         raise ValueError("build the transformer with force_inference_output=False: it cuts gradients to the experts")
-    # Quantising needs optimum.quanto, a second of import that a plain base does not pay for.
-    from reverie_hidream.quantise import quantise
-
-    quantise(transformer, precision)
+    for _, part in parts_of(transformer):
+        quantise(part, precision)
     # The experts captured the constructor's False, so that gradients flow; unpatchify reads the configuration, so that
     # diffusers' own forward returns images in training mode too (spec 1.6).
     transformer.register_to_config(force_inference_output=True)
@@ -189,12 +208,12 @@ def _predict_tokens(
     timesteps: torch.Tensor,
     conditioning: TextConditioning,
     layout: TokenLayout,
-    router_uses: list[RouterUse] | None,
+    router_uses: list[RouterUse] | None = None,
 ) -> torch.Tensor:
     time_and_text = transformer.t_embedder(timesteps, tokens.dtype) + transformer.p_embedder(conditioning.pooled)
     captions = _Captions(transformer, conditioning)
     plan = plan_attention(transformer.pe_embedder, layout, captions.num_tokens, tokens)
-    run = _block_runner(transformer)
+    run = block_runner(transformer)
     # What a block returns is returned once; what it would leave somewhere else, a recomputed block would leave twice.
     image_counts, all_counts = _token_counts(layout, captions.num_tokens, tokens.device, router_uses)
     uses: list[RouterUse | None] = []
@@ -203,7 +222,7 @@ def _predict_tokens(
     num_running = text.shape[1]
     for index, block in enumerate(transformer.double_stream_blocks):
         text = torch.cat([text, captions.of_block(index)], dim=1)
-        image, text, use = run(blocks.double_block, block.block, image, text, time_and_text, plan, image_counts)
+        image, text, use = run(index, blocks.double_block, block.block, image, text, time_and_text, plan, image_counts)
         text = text[:, :num_running]
         uses.append(use)
 
@@ -211,7 +230,7 @@ def _predict_tokens(
     num_kept = hidden.shape[1]
     for index, block in enumerate(transformer.single_stream_blocks, start=len(transformer.double_stream_blocks)):
         hidden = torch.cat([hidden, captions.of_block(index)], dim=1)
-        hidden, use = run(blocks.single_block, block.block, hidden, time_and_text, plan, all_counts)
+        hidden, use = run(index, blocks.single_block, block.block, hidden, time_and_text, plan, all_counts)
         hidden = hidden[:, :num_kept]
         uses.append(use)
 
@@ -259,18 +278,26 @@ class _Captions:
         return projected
 
 
-def _block_runner(transformer: HiDreamImageTransformer2DModel) -> Callable[..., Any]:
-    if not (transformer.gradient_checkpointing and torch.is_grad_enabled()):
-        return lambda block, *arguments: block(*arguments)
+class _Offload:
+    """Moves some blocks to the host as soon as they are ready, while a transformer is put together."""
 
-    def recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
-        # No dropout anywhere, so no random state to keep.
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    def __init__(self, transformer: HiDreamImageTransformer2DModel, num_blocks: int, device: torch.device) -> None:
+        self._transformer = transformer
+        blocks = blocks_of(transformer)
+        self._wanted = {id(blocks[index]): index for index in spread(num_blocks, len(blocks))}
+        self._host = HostBlocks(device)
 
-    return recomputed
+    def take(self, _: str, part: torch.nn.Module) -> None:
+        if id(part) in self._wanted:
+            self._host.add(self._wanted[id(part)], part)
+
+    def finish(self) -> None:
+        keep_on_host(self._transformer, self._host if self._wanted else None)
 
 
 def _stack_all_experts(transformer: HiDreamImageTransformer2DModel) -> None:
-    for block in (*transformer.double_stream_blocks, *transformer.single_stream_blocks):
-        if hasattr(block.block.ff_i, "experts"):
+    host = host_blocks(transformer)
+    for index, block in enumerate((*transformer.double_stream_blocks, *transformer.single_stream_blocks)):
+        # Stacks of weights that wait on the host would be another copy of them on the device.
+        if hasattr(block.block.ff_i, "experts") and (host is None or index not in host):
             stack_experts(block.block.ff_i)
