@@ -30,6 +30,8 @@ class GradientFigures(NamedTuple):
     """Of the whole gradient, before clipping."""
     absmax: float
     """Largest element of the gradient, before clipping."""
+    others: tuple[float, ...] = ()
+    """What else the caller wanted to have read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +90,12 @@ class AdapterUpdate(Protocol):
             NonFiniteLossError: the backward pass would spoil the adapter; nothing was changed.
         """
 
-    def finish(self, loss: torch.Tensor) -> GradientFigures:
+    def finish(self, loss: torch.Tensor, others: Sequence[torch.Tensor] = ()) -> GradientFigures:
         """End a step, which has stepped every parameter and has no gradients any more.
 
         Args:
             loss: () sum of the micro-batches' shares.
+            others: () each; read together with the loss, so that the host waits once.
 
         Raises:
             NonFiniteLossError: the message says whether the adapter was changed.
@@ -138,6 +141,14 @@ def _optimizer_of(
     )
 
 
+def _read(
+    loss: torch.Tensor, norm: torch.Tensor, absmax: torch.Tensor, others: Sequence[torch.Tensor]
+) -> GradientFigures:
+    """The only time in a step that the host waits for the device."""
+    values = torch.stack([tensor.to(loss) for tensor in (loss, norm, absmax, *others)]).tolist()
+    return GradientFigures(values[0], values[1], values[2], tuple(values[3:]))
+
+
 class _WholeUpdate:
     """All parameters in one step, when all gradients are there."""
 
@@ -152,11 +163,10 @@ class _WholeUpdate:
     def accept(self, loss: torch.Tensor) -> None:
         """Nothing to do: `finish` looks at the sum, and the host need not wait for the device before."""
 
-    def finish(self, loss: torch.Tensor) -> GradientFigures:
+    def finish(self, loss: torch.Tensor, others: Sequence[torch.Tensor] = ()) -> GradientFigures:
         absmax = gradient_absmax(self._parameters)
         norm = clip_gradients(self._parameters, self._settings.clip_method, self._settings.clip_limit)
-        # The only time in a step that the host waits for the device.
-        figures = GradientFigures(*torch.stack([loss, norm.to(loss), absmax.to(loss)]).tolist())
+        figures = _read(loss, norm, absmax, others)
         if not (math.isfinite(figures.loss) and math.isfinite(figures.norm)):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
@@ -204,14 +214,14 @@ class _ReleasedUpdate:
         if not math.isfinite(value):
             raise NonFiniteLossError(f"the loss is {value}; the adapter is unchanged")
 
-    def finish(self, loss: torch.Tensor) -> GradientFigures:
+    def finish(self, loss: torch.Tensor, others: Sequence[torch.Tensor] = ()) -> GradientFigures:
         norm = absmax = torch.zeros_like(loss)
         if self._norms:
             # In the parameters' order, as clip_gradients does, not in that of the backward pass.
             norms, largest = zip(*(self._norms[index] for index in sorted(self._norms)), strict=True)
             norm = torch.linalg.vector_norm(torch.stack(norms))
             absmax = torch.stack(largest).max()
-        figures = GradientFigures(*torch.stack([loss, norm.to(loss), absmax.to(loss)]).tolist())
+        figures = _read(loss, norm, absmax, others)
         if not math.isfinite(figures.norm):
             raise NonFiniteLossError(
                 f"the norm of the gradient is {figures.norm}, and gradient_release has taken the step already: the "

@@ -20,6 +20,8 @@ class BatchDraws:
     """(B, C, h, w) float32: standard normal, plus the offset of each channel where there is offset noise."""
     sigmas: torch.Tensor
     """(B,) float32: noise levels in [0, 1], after the shift."""
+    input_sigmas: torch.Tensor | None = None
+    """(B,) float32: noise levels of the input where they are not those that the network is told (mixflow)."""
     perturbation: torch.Tensor | None = None
     """(B, C, h, w) float32: added to the noise of the input alone, already at its strength."""
     rollout_offsets: tuple[int, ...] = ()
@@ -62,6 +64,13 @@ class Batch:
     def noise(self) -> torch.Tensor:
         """(B, C, h, w) float32: what the target is made of."""
         return self.draws.noise
+
+    @property
+    def rolled_out(self) -> list[int]:
+        """Places of the samples that are rolled out; regularisation samples never are."""
+        if self.is_regularisation:
+            return []
+        return [place for place, offset in enumerate(self.draws.rollout_offsets) if offset]
 
     @property
     def num_samples(self) -> int:

@@ -1,18 +1,33 @@
-"""One optimiser step of a frozen transformer with its adapter (spec 3)."""
+"""One optimiser step of a frozen transformer with its adapter (spec 3).
+
+B batch, C latent channels, h x w latent pixels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import torch
 
 from reverie_hidream.adapters.lokr import LokrAdapter
-from reverie_hidream.flow import flow_loss, noisy_latents, timesteps_of, velocity_target
+from reverie_hidream.conditioning import TextConditioning
+from reverie_hidream.flow import noisy_latents, timesteps_of, velocity_target
+from reverie_hidream.moe import RouterUse, load_balancing_loss
 from reverie_hidream.optimizers import AdapterUpdate, NonFiniteLossError
 from reverie_hidream.training.batch import Batch
-from reverie_hidream.training.objective import ObjectiveSettings
+from reverie_hidream.training.evaluation import Evaluation, EvaluationBatch, evaluate
+from reverie_hidream.training.figures import StepFigures, StepResult
+from reverie_hidream.training.objective import (
+    ObjectiveSettings,
+    mask_weights,
+    mean_losses,
+    pixel_losses,
+    reflexflow_losses,
+)
+from reverie_hidream.training.rollout import roll_out
 from reverie_hidream.transformer import enable_gradient_checkpointing, predict_velocity
 
 __all__ = ["NonFiniteLossError", "StepResult", "StepSettings", "TrainingStep"]
@@ -20,7 +35,7 @@ __all__ = ["NonFiniteLossError", "StepResult", "StepSettings", "TrainingStep"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSettings:
-    """What a step needs besides the model, the adapter and the optimizer."""
+    """What a step needs besides the model, the adapter and its update."""
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     gradient_accumulation_steps: int = 1
@@ -28,26 +43,14 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """Figures of one optimiser step."""
+class _Inputs:
+    """What one micro-batch's forward pass takes, on the model's device."""
 
-    loss: float
-    """Mean over the samples of the step."""
-    learning_rate: float
-    gradient_norm: float
-    """Of the whole gradient, before clipping."""
-    gradient_absmax: float = 0.0
-    """Largest element of the gradient, before clipping."""
-    load_balancing_loss: float | None = None
-    """Before its weight; 1 is a perfect balance. None where it is off."""
-    regularisation_loss: float | None = None
-    """Mean over the regularisation samples of the step; None in a step without any."""
-    expert_load: tuple[float, ...] = ()
-    """Share of the routed tokens that each expert got, mean over the layers. Empty without routed experts."""
-    router_entropy: float | None = None
-    """Of the router's scores in nats, mean over tokens and layers. None without routed experts."""
-    rollout_share: float | None = None
-    """Share of the samples that were rolled out; None where that is off."""
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    noisy: torch.Tensor
+    conditioning: TextConditioning
 
 
 class TrainingStep:
@@ -86,31 +89,138 @@ class TrainingStep:
         """
         learning_rate = self._learning_rate(step)
         self._update.begin(learning_rate)
-        loss = torch.zeros((), device=self._device)
+        figures = StepFigures(num_batches=self._settings.gradient_accumulation_steps, device=self._device)
         try:
-            for batch in batches:
-                loss += self._accumulate(batch)
-            figures = self._update.finish(loss)
+            for index, batch in enumerate(batches):
+                self._accumulate(batch, figures, is_first=index == 0)
+            read = self._update.finish(figures.loss, figures.others())
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"step {step}: {error}") from error
-        return StepResult(
-            loss=figures.loss,
-            learning_rate=learning_rate,
-            gradient_norm=figures.norm,
-            gradient_absmax=figures.absmax,
+        return figures.result(read, learning_rate=learning_rate)
+
+    def evaluate(
+        self,
+        batches: Iterable[EvaluationBatch],
+        *,
+        num_timesteps: int = 28,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Measure the stable evaluation loss, see `evaluate`; training goes on as if it had not been."""
+        return evaluate(
+            self._transformer, batches, self._settings.objective, num_timesteps=num_timesteps, on_progress=on_progress
         )
 
-    def _accumulate(self, batch: Batch) -> torch.Tensor:
-        """Add one micro-batch's share to the gradient; returns its share of the loss. ()"""
-        loss = self._loss(batch) / self._settings.gradient_accumulation_steps
-        self._update.accept(loss)
-        loss.backward()
-        return loss.detach()
+    def _accumulate(self, batch: Batch, figures: StepFigures, *, is_first: bool) -> None:
+        """Add one micro-batch's share to the gradient."""
+        objective = self._settings.objective
+        # The router costs little to watch, and one micro-batch tells enough where its loss is off.
+        uses: list[RouterUse] | None = [] if is_first or objective.use_load_balancing_loss else None
+        loss = self._sample_losses(batch, uses).mean()
+        balance = load_balancing_loss(uses) if uses and objective.use_load_balancing_loss else None
+        total = loss
+        # A regularisation sample keeps the model as it was, and so its router.
+        if balance is not None and not batch.is_regularisation:
+            total = loss + objective.load_balancing_loss_weight * balance
+        share = total / self._settings.gradient_accumulation_steps
+        self._update.accept(share)
+        share.backward()
+        figures.add(batch, loss.detach(), None if balance is None else balance.detach(), uses or ())
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        latents, noise = batch.latents.to(self._device), batch.noise.to(self._device)
-        sigmas = batch.draws.sigmas.to(self._device)
-        prediction = predict_velocity(
-            self._transformer, noisy_latents(latents, noise, sigmas), timesteps_of(sigmas), batch.conditioning
+    def _sample_losses(self, batch: Batch, uses: list[RouterUse] | None) -> torch.Tensor:
+        """(B,), at least float32."""
+        inputs = self._inputs(batch)
+        prediction = self._velocity(inputs, inputs.noisy, inputs.sigmas, uses=uses)
+        target = self._target(batch, inputs)
+        objective = self._settings.objective
+        losses = pixel_losses(prediction, target, inputs.sigmas, objective)
+        weights = None
+        if batch.masks is not None:
+            weights = mask_weights(batch.masks.to(self._device), batch.mask_type, batch.draws.uses_mask)
+        means = mean_losses(losses, weights, by_area=objective.masked_loss_normalise_area)
+        return self._reflected(batch, inputs, prediction, target, means)
+
+    def _inputs(self, batch: Batch) -> _Inputs:
+        draws = batch.draws
+        latents, noise = batch.latents.to(self._device), draws.noise.to(self._device)
+        inputs = _Inputs(
+            latents=latents,
+            noise=noise,
+            sigmas=draws.sigmas.to(self._device),
+            noisy=latents,
+            conditioning=batch.conditioning.to(self._device, self._transformer.x_embedder.proj.bias.dtype),
         )
-        return flow_loss(prediction, velocity_target(latents, noise))
+        input_noise = noise if draws.perturbation is None else noise + draws.perturbation.to(self._device)
+        if batch.rolled_out:
+            noisy = self._rolled_out(batch, inputs, input_noise)
+        else:
+            levels = inputs.sigmas if draws.input_sigmas is None else draws.input_sigmas.to(self._device)
+            noisy = noisy_latents(latents, input_noise, levels)
+        return replace(inputs, noisy=noisy)
+
+    def _rolled_out(self, batch: Batch, inputs: _Inputs, input_noise: torch.Tensor) -> torch.Tensor:
+        objective = self._settings.objective
+        if objective.rollout is None:
+            raise ValueError("the batch has samples to roll out, but the settings do not say how")
+
+        def velocity(noisy: torch.Tensor, sigmas: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+            return self._velocity(inputs, noisy, sigmas, places=places)
+
+        return roll_out(
+            velocity,
+            inputs.latents,
+            input_noise,
+            inputs.sigmas,
+            batch.draws.rollout_offsets,
+            shift=objective.shift_for(*inputs.latents.shape[-2:]),
+            settings=objective.rollout,
+        )
+
+    def _target(self, batch: Batch, inputs: _Inputs) -> torch.Tensor:
+        if not batch.is_regularisation:
+            return velocity_target(inputs.latents, inputs.noise)
+        with torch.no_grad(), _without(self._adapter):
+            return self._velocity(inputs, inputs.noisy, inputs.sigmas)
+
+    def _reflected(
+        self, batch: Batch, inputs: _Inputs, prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor
+    ) -> torch.Tensor:
+        """The losses with ReflexFlow's in the place of those of rolled-out samples, where that is asked for. (B,)"""
+        rollout = self._settings.objective.rollout
+        places = batch.rolled_out
+        if rollout is None or rollout.reflexflow is None or not places:
+            return losses
+        plain = noisy_latents(inputs.latents[places], inputs.noise[places], inputs.sigmas[places])
+        with torch.no_grad():
+            clean_prediction = self._velocity(inputs, plain, inputs.sigmas[places], places=places)
+        reflected = reflexflow_losses(
+            prediction[places],
+            target[places],
+            clean_prediction=clean_prediction,
+            displacement=inputs.noisy[places] - inputs.latents[places],
+            weights=rollout.reflexflow,
+        )
+        return losses.index_copy(0, torch.tensor(places, device=self._device), reflected)
+
+    def _velocity(
+        self,
+        inputs: _Inputs,
+        noisy: torch.Tensor,
+        sigmas: torch.Tensor,
+        *,
+        places: Sequence[int] | None = None,
+        uses: list[RouterUse] | None = None,
+    ) -> torch.Tensor:
+        """The model's velocity, for all samples or for those at some places of the batch."""
+        conditioning = inputs.conditioning if places is None else inputs.conditioning.select(places)
+        return predict_velocity(self._transformer, noisy, timesteps_of(sigmas), conditioning, uses)
+
+
+@contextmanager
+def _without(adapter: LokrAdapter) -> Iterator[None]:
+    """The model as it is without the adapter."""
+    adapter.set_strength(0.0)
+    try:
+        yield
+    finally:
+        # As trained: the configuration's own multiplier counts on top of this.
+        adapter.set_strength(1.0)
