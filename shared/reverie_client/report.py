@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 PICTURE_NAME = re.compile(
-    r"step_(?P<step>\d+)_(?P<name>[a-z0-9_-]+)_(?P<index>\d+)_(?P<width>\d+)x(?P<height>\d+)\.png"
+    r"step_(?P<step>\d+)_(?P<name>[a-z0-9_-]+)_(?P<index>\d+)_(?P<width>\d+)x(?P<height>\d+)(?P<ema>_ema)?\.png"
 )
 CELL_PIXELS = 256
 GAP_PIXELS = 8
@@ -36,12 +36,19 @@ class Picture:
     index: int
     step: int
     """Optimiser steps done; 0 is the base model."""
+    is_ema: bool = False
+    """Whether the running average drew it."""
     path: Path
 
     @property
     def row(self) -> tuple[str, int, int, int]:
         """What makes pictures of different steps comparable."""
         return (self.name, self.width, self.height, self.index)
+
+    @property
+    def column(self) -> tuple[int, bool]:
+        """Whose picture it is: the step, and whether of the running average."""
+        return (self.step, self.is_ema)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +70,7 @@ def find_pictures(folder: Path) -> list[Picture]:
             height=int(match["height"]),
             index=int(match["index"]),
             step=int(match["step"]),
+            is_ema=match["ema"] is not None,
             path=path,
         )
         for path, match in found
@@ -85,7 +93,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def draw_sheet(job: TrainingJob, pictures: Sequence[Picture], path: Path) -> Path:
-    """Draw base | step N | ... in columns and prompts and sizes in rows, labelled, to a PNG.
+    """Draw base | step N | step N EMA | ... in columns and prompts and sizes in rows, labelled, to a PNG.
 
     Pictures are shown whole, scaled to 256 pixels on the longer edge. Raises ValueError without a picture.
     """
@@ -94,21 +102,26 @@ def draw_sheet(job: TrainingJob, pictures: Sequence[Picture], path: Path) -> Pat
     if not pictures:
         raise ValueError("there is no validation picture to draw a sheet of")
     prompts = {prompt.name: prompt.prompt for prompt in job.spec.validation.prompts}
-    steps = sorted({picture.step for picture in pictures})
+    columns = sorted({picture.column for picture in pictures})
     rows = _rows(pictures, list(prompts))
     tops = _tops(rows)
-    sheet = Image.new("RGB", (GAP_PIXELS + len(steps) * (CELL_PIXELS + GAP_PIXELS), tops[-1]), PAPER)
+    sheet = Image.new("RGB", (GAP_PIXELS + len(columns) * (CELL_PIXELS + GAP_PIXELS), tops[-1]), PAPER)
     pen = ImageDraw.Draw(sheet)
     font = _font()
-    for column, step in enumerate(steps):
-        pen.text((_left(column), GAP_PIXELS), f"step {step}" if step else "base", fill=INK, font=font)
+    for index, column in enumerate(columns):
+        pen.text((_left(index), GAP_PIXELS), _column_label(*column), fill=INK, font=font)
     for row, top in zip(rows, tops, strict=False):
         label = f"{row[0]}  {row[1]}x{row[2]}  {prompts.get(row[0], '')}"
         pen.text((GAP_PIXELS, top), _fitting(label, font, sheet.width - 2 * GAP_PIXELS), fill=INK, font=font)
         for picture in (picture for picture in pictures if picture.row == row):
-            _paste(sheet, picture, _left(steps.index(picture.step)), top + LABEL_PIXELS)
+            _paste(sheet, picture, _left(columns.index(picture.column)), top + LABEL_PIXELS)
     sheet.save(path)
     return path
+
+
+def _column_label(step: int, is_ema: bool) -> str:
+    label = f"step {step}" if step else "base"
+    return f"{label} EMA" if is_ema else label
 
 
 def _tops(rows: Sequence[tuple[str, int, int, int]]) -> list[int]:

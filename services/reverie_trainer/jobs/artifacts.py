@@ -8,6 +8,7 @@ from reverie_common.storage import ObjectStore
 
 ADAPTER_PATH = "adapter/pytorch_lora_weights.safetensors"
 LYCORIS_CONFIG_PATH = "adapter/lycoris_config.json"
+EMA_ADAPTER_PATH = "adapter/ema_pytorch_lora_weights.safetensors"
 METRICS_PATH = "metrics.jsonl"
 
 DOWNLOAD_EXPIRES = timedelta(hours=1)
@@ -16,7 +17,8 @@ DOWNLOAD_EXPIRES = timedelta(hours=1)
 def validation_image_path(image: job_pb2.ValidationImage) -> str:
     """Return the path under which a validation picture is saved."""
     size = f"{image.width}x{image.height}"
-    return f"validation/step_{image.step}_{image.prompt_name}_{image.image_index}_{size}.png"
+    suffix = "_ema" if image.weights == "ema" else ""
+    return f"validation/step_{image.step}_{image.prompt_name}_{image.image_index}_{size}{suffix}.png"
 
 
 def artifact_message(store: ObjectStore, path: str, reference: common_pb2.ObjectRef) -> training_pb2.Artifact:

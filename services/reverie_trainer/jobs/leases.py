@@ -19,7 +19,13 @@ from reverie_common.errors import (
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from reverie_trainer.jobs.artifacts import ADAPTER_PATH, LYCORIS_CONFIG_PATH, METRICS_PATH, validation_image_path
+from reverie_trainer.jobs.artifacts import (
+    ADAPTER_PATH,
+    EMA_ADAPTER_PATH,
+    LYCORIS_CONFIG_PATH,
+    METRICS_PATH,
+    validation_image_path,
+)
 from reverie_trainer.jobs.database import mark_changed
 from reverie_trainer.jobs.events import append_event, append_notice, now
 from reverie_trainer.jobs.models import CheckpointRow, JobRow
@@ -159,11 +165,7 @@ def complete_job(session: Session, request: training_pb2.CompleteJobRequest) -> 
     row.lease_id = None
     row.token_digest = None
     if request.outcome == training_pb2.WORKER_OUTCOME_SUCCEEDED:
-        put_artifact(session, row.job_id, ADAPTER_PATH, request.adapter)
-        if request.HasField("metrics"):
-            put_artifact(session, row.job_id, METRICS_PATH, request.metrics)
-        if request.HasField("lycoris_config"):
-            put_artifact(session, row.job_id, LYCORIS_CONFIG_PATH, request.lycoris_config)
+        _put_results(session, row, request)
         succeed(session, row, request.adapter)
     elif request.outcome == training_pb2.WORKER_OUTCOME_FAILED:
         fail_job(session, row.job_id, request.failure)
@@ -174,6 +176,19 @@ def complete_job(session: Session, request: training_pb2.CompleteJobRequest) -> 
         row.starts_without_progress = 0
         append_notice(session, row, INFO, "WORKER_STOPPED", "the worker saved and stopped; another one goes on")
     return row.job_id
+
+
+def _put_results(session: Session, row: JobRow, request: training_pb2.CompleteJobRequest) -> None:
+    put_artifact(session, row.job_id, ADAPTER_PATH, request.adapter)
+    if request.HasField("metrics"):
+        put_artifact(session, row.job_id, METRICS_PATH, request.metrics)
+    if request.HasField("lycoris_config"):
+        put_artifact(session, row.job_id, LYCORIS_CONFIG_PATH, request.lycoris_config)
+    if request.HasField("ema_adapter"):
+        put_artifact(session, row.job_id, EMA_ADAPTER_PATH, request.ema_adapter)
+        record = read_record(row)
+        record.ema_adapter.CopyFrom(request.ema_adapter)
+        write_record(row, record)
 
 
 def check_completion(request: training_pb2.CompleteJobRequest) -> None:

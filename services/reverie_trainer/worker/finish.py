@@ -20,6 +20,7 @@ from reverie_trainer.worker.proof import prove_export
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter/pytorch_lora_weights.safetensors"
+EMA_ADAPTER_NAME = "adapter/ema_pytorch_lora_weights.safetensors"
 CONFIG_NAME = "adapter/lycoris_config.json"
 METRICS_NAME = "metrics.jsonl"
 
@@ -51,12 +52,15 @@ class Finisher:
             f"loaded into a fresh model, the exported adapter changes its output by {proof.change:.2%} and differs "
             f"from the trained one by {proof.difference:.1e} (limit {proof.tolerance:.0e})",
         )
-        return CompleteJobRequest(
+        completion = CompleteJobRequest(
             outcome=WORKER_OUTCOME_SUCCEEDED,
             adapter=self._put(ADAPTER_NAME, trained.file, OBJECT_MEDIA_TYPE),
             metrics=self._put(METRICS_NAME, metrics_file, "application/jsonl"),
             lycoris_config=self._put(CONFIG_NAME, lycoris_config_file(self.job.adapter), JSON_MEDIA_TYPE),
         )
+        if trained.ema_file is not None:
+            completion.ema_adapter.CopyFrom(self._put(EMA_ADAPTER_NAME, trained.ema_file, OBJECT_MEDIA_TYPE))
+        return completion
 
     def _put(self, name: str, body: bytes, media_type: str) -> ObjectRef:
         key = artifact_key(self.job.job_id, name, hashlib.sha256(body).hexdigest())

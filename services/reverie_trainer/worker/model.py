@@ -23,6 +23,8 @@ class TrainedAdapter:
 
     file: bytes
     """As exported (spec 4.6)."""
+    ema_file: bytes | None
+    """The running average, where the job keeps one."""
     probe_batch: Batch
     output: torch.Tensor
     """What the trained model makes of the batch, see proof.py."""

@@ -54,14 +54,18 @@ class Pictures:
         every = self._validation.every_steps
         return step == self._max_steps or bool(every and step % every == 0)
 
-    def ask(self, step: int, adapter_file: bytes) -> None:
-        """Ask for the pictures of a step. The adapter is written, and everything else done, in the background."""
+    def ask(self, step: int, adapter_file: bytes, *, weights: str = "adapter") -> None:
+        """Ask for the pictures of a step. The adapter is written, and everything else done, in the background.
+
+        Args:
+            weights: `adapter`, or `ema` where the file is the running average.
+        """
         sha256 = hashlib.sha256(adapter_file).hexdigest()
         key = adapter_snapshot_key(sha256)
         ref = ObjectRef(
             uri=self._store.uri(key), size_bytes=len(adapter_file), sha256=sha256, media_type=OBJECT_MEDIA_TYPE
         )
-        pending = ValidationRound(step=step, adapter=ref)
+        pending = ValidationRound(step=step, adapter=ref, weights=weights)
         self._unwritten.append(pending)
         self._writer.submit(self._write, pending, key, adapter_file)
 
@@ -74,8 +78,8 @@ class Pictures:
     def pending(self) -> list[dict[str, Any]]:
         """What was asked for and is not there yet, as JSON for a checkpoint."""
         queued = self._queue.pending() if self._queue is not None else ()
-        rounds = {waiting.step: waiting for waiting in (*queued, *self._unwritten)}
-        return [rounds[step].to_json() for step in sorted(rounds)]
+        rounds = {(waiting.step, waiting.weights): waiting for waiting in (*queued, *self._unwritten)}
+        return [rounds[key].to_json() for key in sorted(rounds)]
 
     def drain(self, patience_seconds: float, should_stop: Callable[[], bool]) -> None:
         """Wait for pictures that are not there yet; see ValidationQueue.drain."""

@@ -201,8 +201,15 @@ class _Worker:
             if loop.run() is not Order.GO_ON:
                 return None
         batch = maker.make(schedule.micro_batches(1)[0])
-        adapter_file = loop.adapter_file(job.spec.optimization.max_steps)
-        return TrainedAdapter(file=adapter_file, probe_batch=batch, output=probe(transformer, batch))
+        last_step = job.spec.optimization.max_steps
+        with engine.weights():
+            output = probe(transformer, batch)
+        return TrainedAdapter(
+            file=loop.adapter_file(last_step),
+            ema_file=loop.adapter_file(last_step, "ema") if engine.has_ema else None,
+            probe_batch=batch,
+            output=output,
+        )
 
     def _load(
         self, job: LeasedJob, loader: ModelLoader

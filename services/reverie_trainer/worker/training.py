@@ -19,6 +19,9 @@ from reverie_trainer.worker.orders import Order, Orders
 from reverie_trainer.worker.outbox import Outbox
 from reverie_trainer.worker.pictures import Pictures
 
+DRAWN_WEIGHTS = {"none": ("adapter",), "ema_only": ("ema",), "comparison": ("adapter", "ema")}
+"""Of which weights pictures are drawn, by `ema.validation` (spec 7.3)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingLoop:
@@ -43,14 +46,18 @@ class TrainingLoop:
             self._train(step)
             is_asked = self.orders.take_picture_request()
             if is_asked or self.pictures.is_due(step):
-                self.pictures.ask(step, self.adapter_file(step))
+                self._ask_pictures(step)
             if self._is_save_due(step):
                 self._save(step)
         return self.orders.current
 
-    def adapter_file(self, step: int) -> bytes:
-        """The adapter as it is after a step."""
-        return self.engine.export(adapter_metadata(self.job.spec, self.job.data, step))
+    def adapter_file(self, step: int, which: str = "adapter") -> bytes:
+        """The adapter as it is after a step, or its running average; see `TrainingEngine.weights`."""
+        return self.engine.export(adapter_metadata(self.job.spec, self.job.data, step), which)
+
+    def _ask_pictures(self, step: int) -> None:
+        for which in DRAWN_WEIGHTS[self.job.spec.ema.validation] if self.job.spec.ema else ("adapter",):
+            self.pictures.ask(step, self.adapter_file(step, which), weights=which)
 
     def _train(self, step: int) -> None:
         begin, waited = time.monotonic(), self.batches.wait_seconds

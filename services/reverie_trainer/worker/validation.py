@@ -47,17 +47,19 @@ class ValidationRound:
     """Optimiser steps done."""
     adapter: ObjectRef | None
     """The adapter of that step in the store; None is the base model."""
+    weights: str = "adapter"
+    """`adapter`, or `ema` for the running average."""
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
         adapter = None if self.adapter is None else MessageToDict(self.adapter, preserving_proto_field_name=True)
-        return {"step": self.step, "adapter": adapter}
+        return {"step": self.step, "adapter": adapter, "weights": self.weights}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ValidationRound:
         """Out of a checkpoint."""
         adapter = None if record["adapter"] is None else ParseDict(record["adapter"], ObjectRef())
-        return cls(step=int(record["step"]), adapter=adapter)
+        return cls(step=int(record["step"]), adapter=adapter, weights=record.get("weights", "adapter"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,9 @@ class ValidationQueue:
             await asyncio.sleep(0.05)
 
     async def _draw(self, current: ValidationRound) -> None:
-        pictures = _Progress(outbox=self._outbox, step=current.step, num_total=self._num_pictures())
+        pictures = _Progress(
+            outbox=self._outbox, step=current.step, weights=current.weights, num_total=self._num_pictures()
+        )
         for prompt_name, request in self._requests(current):
             await self._persist(current.step, request, partial(pictures.add, prompt_name))
 
@@ -216,6 +220,7 @@ class _Progress:
 
     outbox: Outbox
     step: int
+    weights: str
     num_total: int
     _seen: set[tuple[str, int, int, int]] = field(default_factory=set)
 
@@ -232,6 +237,7 @@ class _Progress:
                 width=image.width,
                 height=image.height,
                 image=image.image,
+                weights=self.weights,
             )
         )
         self.outbox.validation_progress(step=self.step, num_done=len(self._seen), num_total=self.num_total)
