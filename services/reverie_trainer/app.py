@@ -15,6 +15,10 @@ from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.examination import Examiner
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
+from reverie_trainer.jobs.outlets import Dispatcher, OutletFactory
+from reverie_trainer.jobs.outlets.hosts import AllowedHosts
+from reverie_trainer.jobs.outlets.job_files import JobFiles
+from reverie_trainer.jobs.outlets.named_secrets import Secrets
 from reverie_trainer.jobs.preparation import Preparer
 from reverie_trainer.jobs.reconciler import Reconciler, ReconcilerLimits
 from reverie_trainer.jobs.services import EncoderClient, Services, VaeClient
@@ -59,7 +63,9 @@ class Trainer:
         self._reconciler = Reconciler(self._database, preparer, _limits(settings))
         inspector = ImageInspector(self._services.vae, settings.patience_seconds)
         starts = Starts(database=self._database, store=store)
-        examiner = Examiner(self._database, datasets, self._services, config, starts)
+        outlets = _outlet_factory(settings, store, self._database)
+        self._outlets = Dispatcher(self._database, outlets.make)
+        examiner = Examiner(self._database, datasets, self._services, config, [starts.check, outlets.check])
         self.server = Server(
             [
                 ServedService(
@@ -88,10 +94,12 @@ class Trainer:
         await asyncio.to_thread(self._store.check)
         await self._database.open()
         self._reconciler.start(LocalLauncher(self._worker_command()))
+        self._outlets.start()
 
     async def _begin_drain(self) -> None:
         # While calls are still answered: workers complete their leases, and who watches is sent away to come back.
         await self._reconciler.stop()
+        await self._outlets.stop()
         self._database.changes.close()
 
     async def _stop(self) -> None:
@@ -127,6 +135,17 @@ def _database_url(settings: TrainerSettings) -> str:
     if settings.database_url is not None:
         return settings.database_url.get_secret_value()
     return sqlite_url(settings.state_dir)
+
+
+def _outlet_factory(settings: TrainerSettings, store: ObjectStore, database: Database) -> OutletFactory:
+    return OutletFactory(
+        store=store,
+        files=JobFiles(database=database),
+        secrets=Secrets(directory=settings.secrets_dir),
+        hosts=AllowedHosts(names=frozenset(host.lower() for host in settings.webhook_hosts)),
+        directory=settings.tracking_dir or settings.state_dir / "tracking",
+        hub_endpoint=settings.hub_endpoint,
+    )
 
 
 def _limits(settings: TrainerSettings) -> ReconcilerLimits:

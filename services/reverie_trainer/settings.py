@@ -45,6 +45,18 @@ class TrainerSettings(ServerSettings, StoreSettings):
     database_url: SecretStr | None = None
     """SQLAlchemy URL of the database, only from the environment; by default SQLite in state_dir."""
 
+    secrets_dir: Path | None = None
+    """Directory of secrets that jobs may name, a file each: webhook URLs and keys, `hf_token`, `wandb_api_key`."""
+
+    webhook_hosts: CommaSeparated = ()
+    """Hosts that jobs' webhooks may go to, HOST[,HOST]; by default none."""
+
+    tracking_dir: Path | None = None
+    """Directory of TensorBoard's and Weights & Biases' files, one in it for each job; by default in state_dir."""
+
+    hub_endpoint: str | None = None
+    """URL of the Hugging Face Hub to publish to; by default HF_ENDPOINT, or the Hub itself."""
+
     max_concurrent_jobs: int = Field(default=1, ge=1, le=64)
     """Jobs that are prepared or trained at a time; others wait."""
 

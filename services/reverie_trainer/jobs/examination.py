@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
@@ -11,11 +11,11 @@ from reverie.common.v1 import common_pb2
 from reverie.encoder.v1 import encoder_pb2
 from reverie.training.v1 import job_pb2, training_pb2
 from reverie.vae.v1 import vae_pb2
-from reverie_common.errors import ReverieError
+from reverie_common.errors import FieldViolation, ReverieError
 
 from reverie_trainer.jobs.adapter_selection import TransformerConfig
 from reverie_trainer.jobs.admission import Admission, describe_plan, examine, warnings_of
-from reverie_trainer.jobs.buckets import Bucket, ImageSize, count_buckets, describe_underfilled, plan_images
+from reverie_trainer.jobs.buckets import Bucket, count_buckets, describe_underfilled, epoch_clock, with_max_steps
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.estimate import (
@@ -26,14 +26,16 @@ from reverie_trainer.jobs.estimate import (
     worker_memory_bytes,
 )
 from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.geometry import ImagePlan, ImageSize, LeftOut, plan_choice, square_edge
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.manifests import Sample
-from reverie_trainer.jobs.preparation import geometry_of
 from reverie_trainer.jobs.services import Services
 from reverie_trainer.jobs.spec import JobSpec, spec_to_proto
-from reverie_trainer.jobs.starts import Starts
 
 logger = logging.getLogger(__name__)
+
+FurtherCheck = Callable[[JobSpec], Awaitable[Sequence[FieldViolation]]]
+"""What other parts of the trainer find wrong with a job: with where it begins, with whom it tells."""
 
 _DESCRIBE_SECONDS = 3.0
 
@@ -45,19 +47,25 @@ class Examiner:
     """Checks jobs against the datasets, the model and the services of this trainer."""
 
     def __init__(
-        self, database: Database, datasets: Datasets, services: Services, config: TransformerConfig, starts: Starts
+        self,
+        database: Database,
+        datasets: Datasets,
+        services: Services,
+        config: TransformerConfig,
+        further: Sequence[FurtherCheck],
     ) -> None:
         self._database = database
         self._datasets = datasets
         self._services = services
         self._config = config
-        self._starts = starts
+        self._further = tuple(further)
         self._inspector = ImageInspector(services.vae, patience_seconds=0.0)
 
     async def admit(self, spec: JobSpec) -> Admission:
         """Return whether a job would be accepted, and the datasets that it would train on."""
         admission = await examine(spec, self._datasets, self._config)
-        return replace(admission, violations=(*admission.violations, *await self._starts.check(spec)))
+        further = [violation for check in self._further for violation in await check(spec)]
+        return replace(admission, violations=(*admission.violations, *further))
 
     def warnings_of(self, admission: Admission) -> list[tuple[str, str]]:
         """Return what is not as it was asked for although a job is accepted: (reason, message)."""
@@ -72,15 +80,17 @@ class Examiner:
         if admission.violations or admission.selection is None:
             return response
         buckets, problems = await self._buckets(admission)
+        if buckets:
+            spec = with_max_steps(spec, buckets)
+            admission = replace(admission, spec=spec)
+            response.spec.CopyFrom(spec_to_proto(spec))
         response.plan.extend(describe_plan(admission, self._config, buckets))
         response.plan.extend(problems)
         descriptions = await self._describe_encoders()
         if descriptions is None:
             response.plan.append("storage: only latents are counted, because no encoder service answers")
         response.estimate.CopyFrom(await self._estimate(admission, buckets, descriptions or []))
-        steps = response.estimate.steps_per_epoch
-        epochs = spec.optimization.max_steps / steps if steps else 0.0
-        response.plan.append(f"{steps} steps in an epoch, {epochs:.1f} epochs")
+        response.plan.append(_describe_epochs(spec, buckets, response.estimate.steps_per_epoch))
         return response
 
     async def _estimate(
@@ -106,7 +116,8 @@ class Examiner:
         if buckets is not None:
             return sum(bucket.num_images * bucket.width * bucket.height for bucket in buckets)
         return sum(
-            len(admission.manifests[choice.dataset].samples) * min(int(choice.resolution**2), self._config.max_pixels)
+            len(admission.manifests[choice.dataset].samples)
+            * min(square_edge(choice.resolution, choice.resolution_type) ** 2, self._config.max_pixels)
             for choice in admission.spec.datasets
         )
 
@@ -116,22 +127,25 @@ class Examiner:
         buckets: list[Bucket] = []
         try:
             async with asyncio.timeout(_INSPECT_SECONDS):
-                for choice in admission.spec.datasets:
+                for index, choice in enumerate(admission.spec.datasets):
                     samples = admission.manifests[choice.dataset].samples
                     sizes, rejected = await self._sizes(samples)
-                    problems += rejected
-                    geometry = geometry_of(choice, self._config.max_pixels, admission.spec.seed)
-                    plans = plan_images(sizes, geometry)
-                    shapes = [(plan.width, plan.height) for plan in plans]
-                    buckets += count_buckets(choice.dataset, choice.repeats, shapes)
+                    plans = plan_choice([size for _, size in sizes], choice, admission.spec, self._config.max_pixels)
+                    problems += rejected + [
+                        f"WARNING: {name} is left out: {plan.message}"
+                        for (name, _), plan in zip(sizes, plans, strict=True)
+                        if isinstance(plan, LeftOut)
+                    ]
+                    shapes = [(plan.width, plan.height) for plan in plans if isinstance(plan, ImagePlan)]
+                    buckets += count_buckets(index, choice, shapes)
         except (JobFailedError, ReverieError, TimeoutError) as error:
             logger.info("images are not opened for a check: %s", error)
             return None, []
-        optimization = admission.spec.optimization
-        underfilled = describe_underfilled(buckets, optimization.batch_size, optimization.gradient_accumulation_steps)
+        underfilled = describe_underfilled(buckets, admission.spec)
         return buckets, problems + ([f"WARNING: {underfilled}"] if underfilled else [])
 
-    async def _sizes(self, samples: Sequence[Sample]) -> tuple[list[ImageSize], list[str]]:
+    async def _sizes(self, samples: Sequence[Sample]) -> tuple[list[tuple[str, ImageSize]], list[str]]:
+        """Return (name, size) of the images that can be opened, and what is wrong with the others."""
         found: dict[int, ImageSize] = {}
         rejected = []
 
@@ -145,7 +159,7 @@ class Examiner:
 
         images: list[common_pb2.ObjectRef] = [sample.image for sample in samples]
         await self._inspector.inspect(images, on_inspected)
-        return [found[index] for index in sorted(found)], rejected
+        return [(samples[index].name, found[index]) for index in sorted(found)], rejected
 
     async def _describe_encoders(self) -> list[encoder_pb2.EncoderDescription] | None:
         described: dict[int, encoder_pb2.EncoderDescription] = {}
@@ -156,3 +170,16 @@ class Examiner:
             logger.info("encoders are not described for a check: %s", error.message)
             return None
         return list(described.values())
+
+
+def _describe_epochs(spec: JobSpec, buckets: Sequence[Bucket] | None, steps_per_epoch: int) -> str:
+    """Return how long the job is, in steps and in epochs."""
+    optimization = spec.optimization
+    text = f"{steps_per_epoch} steps in an epoch"
+    if not buckets:
+        epochs = optimization.num_epochs or (optimization.max_steps / steps_per_epoch if steps_per_epoch else 0.0)
+        return f"{text}, {epochs:.1f} epochs"
+    clock = epoch_clock(buckets, spec)
+    if optimization.num_epochs:
+        return f"{text}, {optimization.num_epochs} epochs = {clock.steps_for(optimization.num_epochs)} steps"
+    return f"{text}, {clock.epoch_at(optimization.max_steps):.1f} epochs"

@@ -4,7 +4,7 @@ What the contract already describes is kept as serialised messages of the contra
 so that a new field of the contract needs no migration; what is searched, ordered or compared has a column.
 """
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, LargeBinary, String
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, LargeBinary, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -84,6 +84,20 @@ class ArtifactRow(Base):
     path: Mapped[str] = mapped_column(String(255), primary_key=True)
     body: Mapped[bytes] = mapped_column(LargeBinary)
     """ObjectRef."""
+
+
+class OutletRow(Base):
+    """How far a job's history has been told to one of its outlets."""
+
+    __tablename__ = "outlets"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    """`tensorboard`, `wandb`, `hub` or `webhook-<index>`."""
+    sequence: Mapped[int] = mapped_column(BigInteger, default=0)
+    """The last event that was told."""
+    is_done: Mapped[bool] = mapped_column(Boolean, default=False, index=True)
+    """Whether everything was told of a job that rests."""
 
 
 class DatasetRow(Base):

@@ -20,6 +20,8 @@ from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.events import append_notice, watch
 from reverie_trainer.jobs.examination import Examiner
 from reverie_trainer.jobs.models import JobRow
+from reverie_trainer.jobs.outlets import outlet_names
+from reverie_trainer.jobs.outlets.cursors import open_cursors, reopen_cursors
 from reverie_trainer.jobs.paging import MAX_PAGE_BYTES, read_page, write_token
 from reverie_trainer.jobs.records import job_message, new_job_id, read_spec
 from reverie_trainer.jobs.repository import (
@@ -221,6 +223,7 @@ def _create(
     row = _find_created(session, creation)
     if row is None:
         row = create_job(session, spec_to_proto(admission.spec), admission.versions, job_id)
+        open_cursors(session, job_id, outlet_names(admission.spec))
         for reason, message in warnings:
             append_notice(session, row, WARNING, reason, message)
         remember(session, creation.method, creation.request_id, creation.digest, row.job_id)
@@ -240,6 +243,7 @@ def _resume(session: Session, request: training_pb2.ResumeTrainingJobRequest) ->
     if find_repetition(session, "ResumeTrainingJob", request.request_id, job_id) is not None:
         return get_job(session, job_id)
     row = resume_job(session, job_id, request.step)
+    reopen_cursors(session, job_id)
     remember(session, "ResumeTrainingJob", request.request_id, job_id, job_id)
     return row
 
