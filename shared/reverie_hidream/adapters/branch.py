@@ -1,142 +1,142 @@
-"""One LoKr on one Linear: its factors, its forward, and how it hooks into the Linear (spec 4.3, 4.4).
+"""The adapter of one Linear, and how it hooks into the Linear's forward.
 
-kron(W1, W2) is never built: with x seen as a matrix X (i1, i2), kron(W1, W2) x is W1 X W2^T. o1 * o2 is the layer's
-output width, i1 * i2 its input width; W1 (o1, i1), W2 (o2, i2); a factorised part is A (o, r) @ B (r, i).
+A branch computes the change of the Linear's output; it never touches the Linear's weight, so that it works beside a
+quantised one. Several branches on one Linear add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-FACTOR_NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+from reverie_hidream.adapters.dropout import BranchDropout
 
 
-class LokrBranch:
-    """The factors of one adapted Linear.
+@dataclass(frozen=True, slots=True)
+class LinearCall:
+    """One call of a Linear, as it is without any adapter."""
+
+    linear: nn.Module
+    hidden: torch.Tensor
+    """Its input, (..., in_features)."""
+    output: torch.Tensor
+    """Its output, (..., out_features), bias included."""
+    forward: Any
+    """Its own forward."""
+
+    @property
+    def product(self) -> torch.Tensor:
+        """The output without the bias."""
+        return self._without_bias(self.output)
+
+    def again(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The Linear's product with another input, without the bias."""
+        return self._without_bias(self.forward(hidden))
+
+    def weight(self) -> torch.Tensor:
+        """The dense weight, (out_features, in_features)."""
+        return dense_weight(self.linear, self.forward, self.hidden.dtype)
+
+    def _without_bias(self, output: torch.Tensor) -> torch.Tensor:
+        bias = getattr(self.linear, "bias", None)
+        return output if bias is None else output - bias.to(output.dtype)
+
+
+class Branch(abc.ABC):
+    """One adapted Linear.
 
     Not an nn.Module: it must not become part of the model that it is hooked into.
     """
 
-    def __init__(
-        self,
-        name: str,
-        factors: Mapping[str, torch.Tensor],
-        *,
-        alpha: float,
-        scalar: torch.nn.Parameter | None = None,
-        multiplier: float = 1.0,
-    ) -> None:
-        """Take the factors as they are, without copying.
+    def __init__(self, name: str, *, out_features: int, in_features: int, multiplier: float = 1.0) -> None:
+        """Make a branch at full strength.
 
         Args:
             name: `lycoris_<dotted path with _>`.
-            factors: some of `FACTOR_NAMES`: each part either whole or as its two halves.
-            alpha: scale is alpha / rank, or 1 where both parts are whole.
-            scalar: trainable factor; None for none.
+            multiplier: of the configuration; counts on top of the strength.
         """
         self.name = name
-        self.factors = dict(factors)
-        self.scalar = scalar
+        self.out_features = out_features
+        self.in_features = in_features
         self.multiplier = multiplier
         self.strength = 1.0
-        rank = _rank(self.factors)
-        self.alpha = alpha
-        self.scale = 1.0 if rank is None else (alpha or rank) / rank
-        self.out_features, self.in_features, self._w1_first = _plan(self.factors)
+        self.dropout: BranchDropout | None = None
+        self.drops_rows = True
+        """Whether rank dropout leaves out rows of the weight's change; a low-rank branch leaves out ranks itself."""
+        self.drops_change = True
+        """Whether dropout leaves out elements of the change; PEFT's leaves out inputs."""
 
+    @abc.abstractmethod
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trainable tensors as they are, the scalar apart."""
-        for name in FACTOR_NAMES:
-            if name in self.factors:
-                yield name, self.factors[name]
-        if self.scalar is not None:
-            yield "scalar", self.scalar
+        """The trained tensors as they are, in a fixed order."""
 
-    def change(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the Linear's output, computed in the dtype of `hidden`. (..., out_features)"""
-        w1, w2 = self._parts(hidden.dtype)
-        grouped = hidden.reshape(-1, w1.shape[1], w2.shape[1])
-        # The cheaper order; the results are the same.
-        if self._w1_first:
-            changed = torch.matmul(torch.matmul(w1, grouped), w2.t())
-        else:
-            changed = torch.matmul(w1, torch.matmul(grouped, w2.t()))
-        return changed.view(*hidden.shape[:-1], self.out_features)
+    @abc.abstractmethod
+    def move(self, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move the tensors of a frozen branch."""
 
-    def weight_change(self) -> torch.Tensor:
-        """The same as a dense weight change (out_features, in_features), in the dtype of the factors."""
-        return torch.kron(*self._parts(self._dtype))
+    @abc.abstractmethod
+    def change_of(self, call: LinearCall) -> torch.Tensor:
+        """What the adapter adds to a Linear's output at its strength, in the dtype of the input. (..., out_features)"""
 
+    @abc.abstractmethod
+    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+        """The same as a change of the dense weight (out_features, in_features); computed in the branch's dtype."""
+
+    @abc.abstractmethod
     def exported(self) -> dict[str, torch.Tensor]:
-        """The tensors of the file: the scalar is multiplied into W1, or into its first half (spec 4.6)."""
-        tensors = {name: tensor.detach() for name, tensor in self.factors.items()}
-        if self.scalar is not None:
-            first = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-            tensors[first] = tensors[first] * self.scalar.detach()
-        return tensors
+        """The module's tensors in a file of LyCORIS, alpha included, by their names after the module's."""
+
+    def bias_change(self) -> torch.Tensor | None:
+        """The change of the Linear's bias, (out_features,); None for none."""
+        return None
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return next(iter(self.factors.values())).dtype
+    def total_strength(self) -> float:
+        """Strength and multiplier together."""
+        return self.strength * self.multiplier
 
-    def _parts(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        w1, w2 = self._part("lokr_w1"), self._part("lokr_w2")
-        # Every scalar factor goes into the small W1, not over the activations.
-        strength = self.scale * self.multiplier * self.strength
-        if self.scalar is not None:
-            w1 = w1 * (self.scalar * strength if strength != 1.0 else self.scalar)
-        elif strength != 1.0:
-            w1 = w1 * strength
-        return w1.to(dtype), w2.to(dtype)
+    def adapt(self, call: LinearCall) -> torch.Tensor:
+        """What to add to the Linear's output, dropouts included."""
+        dropout = self.dropout
+        if dropout is None or not dropout.is_active:
+            return self.change_of(call)
+        if dropout.leaves_out_module():
+            return self._nothing(call.output)
+        change = self.change_of(call)
+        if self.drops_rows and (mask := dropout.rank_mask(self.out_features, change)) is not None:
+            change = change * mask
+        return dropout.elements(change) if self.drops_change else change
 
-    def _part(self, name: str) -> torch.Tensor:
-        if name in self.factors:
-            return self.factors[name]
-        return self.factors[f"{name}_a"] @ self.factors[f"{name}_b"]
-
-
-def _rank(factors: Mapping[str, torch.Tensor]) -> int | None:
-    for name in ("lokr_w1_b", "lokr_w2_b"):
-        if name in factors:
-            return factors[name].shape[0]
-    return None
-
-
-def _plan(factors: Mapping[str, torch.Tensor]) -> tuple[int, int, bool]:
-    """Output width, input width, and whether applying W1 first costs less than W2 first."""
-    (o1, i1), (o2, i2) = (_part_shape(factors, name) for name in ("lokr_w1", "lokr_w2"))
-    w1_first_cost = o1 * i1 * i2 + o1 * i2 * o2
-    w2_first_cost = i1 * i2 * o2 + o1 * i1 * o2
-    return o1 * o2, i1 * i2, w1_first_cost < w2_first_cost
-
-
-def _part_shape(factors: Mapping[str, torch.Tensor], name: str) -> tuple[int, int]:
-    if name in factors:
-        rows, columns = factors[name].shape
-        return rows, columns
-    return factors[f"{name}_a"].shape[0], factors[f"{name}_b"].shape[1]
+    def _nothing(self, output: torch.Tensor) -> torch.Tensor:
+        # A gradient of zeros and not none, so that every optimizer keeps a state for every tensor from the first step.
+        sums = [0.0 * tensor.sum() for _, tensor in self.named_tensors()]
+        return torch.stack(sums).sum().to(output.dtype)
 
 
 class _AdaptedForward:
     """Stands in for a Linear's forward: the Linear's own result plus the changes of its branches."""
 
     def __init__(self, linear: nn.Module) -> None:
+        self._linear = linear
         self._linear_forward = linear.forward
-        self.branches: list[LokrBranch] = []
+        self.branches: list[Branch] = []
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self._linear_forward(hidden)
+        own: torch.Tensor = self._linear_forward(hidden)
+        call = LinearCall(self._linear, hidden, own, self._linear_forward)
+        output = own
         for branch in self.branches:
             if branch.strength:
-                output = output + branch.change(hidden)
+                output = output + branch.adapt(call)
         return output
 
 
-def hook(linear: nn.Module, branch: LokrBranch) -> None:
+def hook(linear: nn.Module, branch: Branch) -> None:
     """Let the Linear, plain or quantised, add the branch's change to its output.
 
     Raises:
@@ -156,7 +156,7 @@ def hook(linear: nn.Module, branch: LokrBranch) -> None:
     adapted.branches.append(branch)
 
 
-def unhook(linear: nn.Module, branch: LokrBranch) -> None:
+def unhook(linear: nn.Module, branch: Branch) -> None:
     """Take the branch off again; with the last one the Linear's forward is what it was. Does nothing twice."""
     adapted = vars(linear).get("forward")
     if not isinstance(adapted, _AdaptedForward):
@@ -164,3 +164,35 @@ def unhook(linear: nn.Module, branch: LokrBranch) -> None:
     adapted.branches = [other for other in adapted.branches if other is not branch]
     if not adapted.branches:
         del cast("Any", linear).forward
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the weight is an ordinary tensor of floating point numbers, so that it can be changed in place."""
+    weight = getattr(linear, "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Module, forward: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The Linear's weight as an ordinary tensor, (out_features, in_features).
+
+    That of a quantised Linear is read off its products with unit vectors: exactly what its forward uses, whatever holds
+    it.
+
+    Args:
+        forward: the Linear's own.
+        dtype: of the computation, for a quantised one; None for that of its scales.
+    """
+    layer: Any = linear
+    if is_plain(linear):
+        weight: torch.Tensor = layer.weight.detach()
+        return weight
+    if dtype is None:
+        dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
+    units = torch.eye(layer.in_features, dtype=dtype, device=_device(linear))
+    columns: torch.Tensor = forward(units)
+    return (columns if layer.bias is None else columns - layer.bias.to(dtype)).t().contiguous()
+
+
+def _device(linear: nn.Module) -> torch.device:
+    return next(linear.parameters()).device

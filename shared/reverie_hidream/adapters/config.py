@@ -1,35 +1,24 @@
-"""LoKr configurations in LyCORIS' JSON form (spec 4.1, 4.2)."""
+"""Configurations of adapters: LoKr and the other algorithms of LyCORIS, LoRA, and every weight (spec 4.1, 4.2, 4.8).
+
+LyCORIS' JSON form is read in `reading`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
-CLASS_ALIASES: Mapping[str, str] = {
-    # Names of other HiDream code, used in most LyCORIS configurations, and diffusers' classes (spec 4.2).
-    "Attention": "HiDreamAttention",
-    "FeedForward": "HiDreamImageFeedForwardSwiGLU",
-    "MOEFeedForward": "MOEFeedForwardSwiGLU",
-}
+PROBABILITIES = ("dropout", "rank_dropout", "module_dropout")
 
-_INACTIVE: Mapping[str, tuple[Any, ...]] = {
-    # LyCORIS settings that we do not offer, with the values that mean "off" or that change nothing for LoKr on Linears.
-    "dropout": (0, 0.0, None),
-    "rank_dropout": (0, 0.0, None),
-    "module_dropout": (0, 0.0, None),
-    "dora_wd": (False, None),
-    "bypass_mode": (True, False, None),
-    "unbalanced_factorization": (False, None),
-    "use_tucker": (True, False, None),
-    "train_norm": (False, None),
-}
+LORA_INITS = ("default", "gaussian", "olora", "pissa")
+LORA_FORMATS = ("diffusers", "comfyui")
 
 
 class AdapterConfigError(ValueError):
-    """A LoKr configuration that cannot be used; the message names every offending field."""
+    """An adapter's configuration that cannot be used; the message names every offending field."""
 
 
 class AdapterMatchesNothingError(ValueError):
@@ -38,7 +27,7 @@ class AdapterMatchesNothingError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LokrOverrides:
-    """Fields of `LokrConfig` that differ for the modules of one selector; None keeps the configuration's value."""
+    """Fields of a configuration that differ for the modules of one selector; None keeps the configuration's value."""
 
     factor: int | None = None
     linear_dim: int | None = None
@@ -46,12 +35,21 @@ class LokrOverrides:
     full_matrix: bool | None = None
     use_scalar: bool | None = None
     decompose_both: bool | None = None
+    dropout: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+    algo: str | None = None
+    """Another algorithm for these modules; only in a `LycorisConfig`."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as LyCORIS names them."""
         names = {"linear_dim": "dim", "linear_alpha": "alpha"}
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {names.get(name, name): value for name, value in values.items() if value is not None}
+        return {names.get(name, name): value for name, value in self.given().items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +68,18 @@ class LokrPreset:
     """Patterns of modules that are left out."""
     use_fnmatch: bool = False
     """Patterns are those of fnmatch; otherwise regular expressions, matched from the start of the name."""
+    enable_conv: bool = False
+    """Adapt convolutions too; HiDream's transformer has none, so it changes nothing."""
 
     def class_selection(self) -> tuple[str, ...]:
         """Selected classes as the caller named them; names alone select if there are any (spec 4.2, variant 3)."""
         return self.target_module or ()
+
+    def overrides(self) -> Iterator[tuple[str, LokrOverrides]]:
+        """Every override with its path."""
+        for name in ("module_algo_map", "name_algo_map"):
+            for key, value in getattr(self, name).items():
+                yield f"apply_preset.{name}.{key}", value
 
     def to_dict(self) -> dict[str, Any]:
         """LyCORIS' JSON form, with the caller's class names."""
@@ -86,9 +92,40 @@ class LokrPreset:
         for name in ("target_name", "exclude_name"):
             if patterns := getattr(self, name):
                 preset[name] = list(patterns)
-        if self.use_fnmatch:
-            preset["use_fnmatch"] = True
+        for name in ("use_fnmatch", "enable_conv"):
+            if getattr(self, name):
+                preset[name] = True
         return preset
+
+
+def _attention() -> LokrPreset:
+    return LokrPreset(target_module=("Attention",))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSettings:
+    """What shapes and trains the adapter of one Linear: a configuration with its overrides applied."""
+
+    algo: str
+    factor: int = -1
+    linear_dim: int = 4
+    linear_alpha: float = 1.0
+    multiplier: float = 1.0
+    full_matrix: bool = False
+    use_scalar: bool = False
+    decompose_both: bool = False
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    dora_wd: bool = False
+    block_size: int = 4
+    """DyLoRA: rows that are trained together."""
+    constraint: float = 0.0
+    """OFT and BOFT: how far a rotation may go, relative to the layer's width; 0 is no limit."""
+    rescaled: bool = False
+    """OFT and BOFT: train a scale for each output too."""
+    train_on_input: bool = False
+    """IA3: scale inputs and not outputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,23 +146,31 @@ class LokrConfig:
     """One more trainable number for each module, from 0."""
     decompose_both: bool = False
     """Allow W1 to be factorised too."""
-    apply_preset: LokrPreset = field(default_factory=lambda: LokrPreset(target_module=("Attention",)))
+    dropout: float = 0.0
+    """Probability that an element of the change of a layer's output is set to 0; the others grow to make up for it."""
+    rank_dropout: float = 0.0
+    """Probability that a row of the change of a weight is set to 0."""
+    module_dropout: float = 0.0
+    """Probability that a module's change is left out of a micro-batch."""
+    dora_wd: bool = False
+    """Train the length of the changed weight's rows apart from their direction (DoRA)."""
+    init_lokr_norm: float | None = None
+    """Start W1 at 1 and W2 as noise with the statistics of the frozen weight times this number; None is off."""
+    bypass_mode: bool | None = field(default=None, compare=False)
+    """As in the caller's file; the computation is always that of bypass mode, which is equal (spec 4.5)."""
+    apply_preset: LokrPreset = field(default_factory=_attention)
     """Which Linears are adapted."""
 
     def __post_init__(self) -> None:
         """Refuse values without meaning, all at once."""
-        problems = []
+        problems = [*_number_problems(self), *_override_problems(self.apply_preset, algorithms=False)]
         if self.factor != -1 and self.factor < 1:
             problems.append(f"factor {self.factor} must be -1 or at least 1")
-        if self.linear_dim < 1:
-            problems.append(f"linear_dim {self.linear_dim} must be at least 1")
-        for name in ("linear_alpha", "multiplier"):
-            if not math.isfinite(getattr(self, name)):
-                problems.append(f"{name} {getattr(self, name)} must be a finite number")
-        if self.linear_alpha < 0:
-            problems.append(f"linear_alpha {self.linear_alpha} must not be below 0")
-        if problems:
-            raise AdapterConfigError("LoKr configuration: " + "; ".join(problems))
+        if self.init_lokr_norm is not None and not (math.isfinite(self.init_lokr_norm) and self.init_lokr_norm > 0):
+            problems.append(
+                f"init_lokr_norm {self.init_lokr_norm} must be a finite number above 0; 1e-4 to 1e-3 is usual"
+            )
+        _refuse("LoKr", problems)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LokrConfig:
@@ -136,13 +181,18 @@ class LokrConfig:
         Raises:
             AdapterConfigError: unknown or unusable fields, all of them named.
         """
-        return _Reader().config(config)
+        from reverie_hidream.adapters.reading import read_lokr  # it needs the classes above
+
+        return read_lokr(config)
 
     def to_dict(self) -> dict[str, Any]:
         """LyCORIS' JSON form, complete: also multiplier, linear_dim and linear_alpha, which some files lack."""
         config: dict[str, Any] = {"algo": "lokr"}
         for item in fields(self):
-            config[item.name] = getattr(self, item.name)
+            value = getattr(self, item.name)
+            # What is off is left out, so that a file says what its maker said.
+            if value != item.default or item.name in _ALWAYS_WRITTEN:
+                config[item.name] = value
         config["linear_alpha"] = _whole_if_exact(self.linear_alpha)
         config["apply_preset"] = self.apply_preset.to_dict()
         return config
@@ -151,99 +201,185 @@ class LokrConfig:
         """`to_dict` as it is written into files: the same configuration always gives the same text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def settings(self, overrides: LokrOverrides | None) -> ModuleSettings:
+        """What holds for a module with these overrides."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_OF_A_MODULE}
+        return replace(ModuleSettings(algo="lokr", **own), **({} if overrides is None else overrides.given()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LycorisConfig:
+    """Another algorithm of LyCORIS, or several, chosen by the overrides of a preset."""
+
+    algo: str
+    """One of `algorithms.ALGORITHMS`."""
+    linear_dim: int = 16
+    """Rank; block size of OFT and BOFT."""
+    linear_alpha: float = 1.0
+    """Scale is linear_alpha / linear_dim; 0 means linear_dim."""
+    multiplier: float = 1.0
+    """Strength of the adapter."""
+    use_scalar: bool = False
+    """One more trainable number for each module, from 0."""
+    dropout: float = 0.0
+    """See LokrConfig."""
+    rank_dropout: float = 0.0
+    """Probability that a rank (of a low-rank algorithm) or a row of the change is left out."""
+    module_dropout: float = 0.0
+    """See LokrConfig."""
+    dora_wd: bool = False
+    """See LokrConfig."""
+    factor: int = -1
+    """LoKr only, see LokrConfig."""
+    full_matrix: bool = False
+    """LoKr only."""
+    decompose_both: bool = False
+    """LoKr only."""
+    block_size: int = 4
+    """DyLoRA only: rows that are trained together."""
+    constraint: float = 0.0
+    """OFT and BOFT only: how far a rotation may go, relative to the layer's width; 0 is no limit."""
+    rescaled: bool = False
+    """OFT and BOFT only: train a scale for each output too."""
+    train_on_input: bool = False
+    """IA3 only: scale inputs and not outputs."""
+    apply_preset: LokrPreset = field(default_factory=_attention)
+    """Which Linears are adapted."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning, all at once; whether an algorithm knows them is checked where it is built."""
+        problems = [*_number_problems(self), *_override_problems(self.apply_preset, algorithms=True)]
+        if self.block_size < 1:
+            problems.append(f"block_size {self.block_size} must be at least 1")
+        if not (math.isfinite(self.constraint) and self.constraint >= 0):
+            problems.append(f"constraint {self.constraint} must be a finite number of at least 0")
+        _refuse("LyCORIS", problems)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> LycorisConfig:
+        """Read LyCORIS' JSON form; `algo` and `linear_dim` that it leaves out are LyCORIS' own: locon, 4.
+
+        Raises:
+            AdapterConfigError: unknown or unusable fields, all of them named.
+        """
+        from reverie_hidream.adapters.reading import read_lycoris  # it needs the classes above
+
+        return read_lycoris(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """LyCORIS' JSON form: what differs from this class's defaults, and what every reader asks for."""
+        config: dict[str, Any] = {"algo": self.algo}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _ALWAYS_WRITTEN_BY_ANY or value != item.default:
+                config[item.name] = value
+        config["linear_alpha"] = _whole_if_exact(self.linear_alpha)
+        config["apply_preset"] = self.apply_preset.to_dict()
+        return config
+
+    def to_json(self) -> str:
+        """`to_dict` as it is written into files: the same configuration always gives the same text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def settings(self, overrides: LokrOverrides | None) -> ModuleSettings:
+        """What holds for a module with these overrides."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "apply_preset"}
+        return replace(ModuleSettings(**own), **({} if overrides is None else overrides.given()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """LoRA: the change of each selected weight is alpha / rank * B A (spec 4.8)."""
+
+    rank: int = 16
+    """1 to 256."""
+    alpha: float | None = None
+    """Scale is alpha / rank; None means rank, so a scale of 1."""
+    dropout: float = 0.0
+    """Probability that an input of the adapter is set to 0; the others grow to make up for it."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
+    """Names, or ends of dotted names, of the Linears to adapt."""
+    init_type: str = "default"
+    """`default` (A uniform, B zero), `gaussian` (A normal), `olora` or `pissa` (from the weight; no change at first)."""
+    use_dora: bool = False
+    """Train the length of the changed weight's rows apart from their direction (DoRA). Plain weights only."""
+    format: str = "diffusers"
+    """Keys of the file: `diffusers`, or `comfyui`: the same with `.alpha` tensors."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning, all at once."""
+        problems = []
+        if not 1 <= self.rank <= 256:
+            problems.append(f"rank {self.rank} is outside 1 to 256")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            problems.append(f"alpha {self.alpha} must be a finite number above 0")
+        problems += _probability_problems("dropout", self.dropout)
+        if not self.target_modules or not all(self.target_modules):
+            problems.append("target_modules names no module; the usual four are to_q, to_k, to_v, to_out")
+        for name, allowed in (("init_type", LORA_INITS), ("format", LORA_FORMATS)):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if self.use_dora and self.init_type in ("olora", "pissa"):
+            problems.append(f"use_dora and init_type {self.init_type} exclude each other; use init_type default")
+        _refuse("LoRA", problems)
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FullRankConfig:
+    """Every weight of the transformer is trained; needs plain weights."""
+
+
+AdapterConfig: TypeAlias = LokrConfig | LycorisConfig | LoraConfig | FullRankConfig
+
+_ALWAYS_WRITTEN = (
+    "factor",
+    "linear_dim",
+    "linear_alpha",
+    "multiplier",
+    "full_matrix",
+    "use_scalar",
+    "decompose_both",
+)
+_ALWAYS_WRITTEN_BY_ANY = ("linear_dim", "linear_alpha", "multiplier")
+_NOT_OF_A_MODULE = ("apply_preset", "init_lokr_norm", "bypass_mode")
+
+
+def _number_problems(config: LokrConfig | LycorisConfig) -> Iterator[str]:
+    if config.linear_dim < 1:
+        yield f"linear_dim {config.linear_dim} must be at least 1"
+    for name in ("linear_alpha", "multiplier"):
+        if not math.isfinite(getattr(config, name)):
+            yield f"{name} {getattr(config, name)} must be a finite number"
+    if config.linear_alpha < 0:
+        yield f"linear_alpha {config.linear_alpha} must not be below 0"
+    for name in PROBABILITIES:
+        yield from _probability_problems(name, getattr(config, name))
+
+
+def _override_problems(preset: LokrPreset, *, algorithms: bool) -> Iterator[str]:
+    for path, overrides in preset.overrides():
+        for name in PROBABILITIES:
+            if getattr(overrides, name) is not None:
+                yield from _probability_problems(f"{path}.{name}", getattr(overrides, name))
+        if overrides.algo not in (None, "lokr") and not algorithms:
+            yield f"{path}.algo {overrides.algo!r} is not supported here; use lokr, or adapter.lycoris for a mixture"
+
+
+def _probability_problems(path: str, value: float) -> Iterator[str]:
+    if not (math.isfinite(value) and 0 <= value < 1):
+        yield f"{path} {value} is outside 0 to below 1"
+
+
+def _refuse(kind: str, problems: list[str]) -> None:
+    if problems:
+        raise AdapterConfigError(f"{kind} configuration: " + "; ".join(problems))
+
 
 def _whole_if_exact(number: float) -> float | int:
     # Some readers take alpha for an int only.
     return int(number) if number == int(number) else number
-
-
-class _Reader:
-    """Reads a configuration and collects what is wrong with it."""
-
-    def __init__(self) -> None:
-        self._problems: list[str] = []
-
-    def config(self, raw: Mapping[str, Any]) -> LokrConfig:
-        values = dict(raw)
-        if str(values.pop("algo", "lokr")).lower() != "lokr":
-            self._problems.append(f"algo {raw['algo']!r} is not supported; use lokr")
-        preset = values.pop("apply_preset", None)
-        for name, allowed in _INACTIVE.items():
-            if name in values and values[name] not in allowed:
-                self._problems.append(f"{name} {values[name]!r} is not supported; leave it out")
-            values.pop(name, None)
-        settings = self._fields(LokrConfig, values, "")
-        if preset is not None:
-            settings["apply_preset"] = self._preset(preset)
-        if self._problems:
-            raise AdapterConfigError("LoKr configuration: " + "; ".join(self._problems))
-        return LokrConfig(**{**_FORMAT_DEFAULTS, **settings})
-
-    def _preset(self, raw: Any) -> LokrPreset:
-        values = dict(self._mapping(raw, "apply_preset"))
-        values.pop("enable_conv", None)
-        values.pop("lora_prefix", None)
-        settings: dict[str, Any] = {}
-        for name in ("module_algo_map", "name_algo_map"):
-            entries = self._mapping(values.pop(name, {}), f"apply_preset.{name}")
-            settings[name] = {
-                key: self._overrides(value, f"apply_preset.{name}.{key}") for key, value in entries.items()
-            }
-        for name in ("target_module", "target_name", "exclude_name"):
-            if name in values:
-                settings[name] = self._strings(values.pop(name), f"apply_preset.{name}")
-        settings["use_fnmatch"] = self._value(bool, values.pop("use_fnmatch", False), "apply_preset.use_fnmatch")
-        self._refuse_unknown(values, "apply_preset.", [item.name for item in fields(LokrPreset)])
-        return LokrPreset(**settings)
-
-    def _overrides(self, raw: Any, path: str) -> LokrOverrides:
-        values = dict(self._mapping(raw, path))
-        if str(values.pop("algo", "lokr")).lower() != "lokr":
-            self._problems.append(f"{path}.algo is not supported; use lokr")
-        for short, long in (("dim", "linear_dim"), ("alpha", "linear_alpha")):
-            if short in values:
-                values[long] = values.pop(short)
-        return LokrOverrides(**self._fields(LokrOverrides, values, f"{path}."))
-
-    def _fields(self, target: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        types = _FIELD_TYPES
-        names = [item.name for item in fields(target) if item.name in types]
-        self._refuse_unknown({key: 0 for key in values if key not in names}, prefix, names)
-        return {name: self._value(types[name], values[name], prefix + name) for name in names if name in values}
-
-    def _refuse_unknown(self, left: Mapping[str, Any], prefix: str, known: list[str]) -> None:
-        for key in left:
-            self._problems.append(f"{prefix}{key} is unknown; known are {', '.join(known)}")
-
-    def _mapping(self, raw: Any, path: str) -> Mapping[str, Any]:
-        if isinstance(raw, Mapping):
-            return raw
-        self._problems.append(f"{path} must be an object; got {raw!r}")
-        return {}
-
-    def _strings(self, raw: Any, path: str) -> tuple[str, ...]:
-        if isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
-            return tuple(raw)
-        self._problems.append(f"{path} must be a list of strings; got {raw!r}")
-        return ()
-
-    def _value(self, kind: type, raw: Any, path: str) -> Any:
-        if kind is float and isinstance(raw, int | float) and not isinstance(raw, bool):
-            return float(raw)
-        if kind is not float and isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):
-            return raw
-        self._problems.append(f"{path} must be a {_KIND_NAMES[kind]}; got {raw!r}")
-        return kind()
-
-
-_FORMAT_DEFAULTS: Mapping[str, Any] = {"factor": -1, "linear_dim": 4, "full_matrix": False}
-_KIND_NAMES = {int: "whole number", float: "number", bool: "true or false"}
-_FIELD_TYPES: Mapping[str, type] = {
-    "factor": int,
-    "linear_dim": int,
-    "linear_alpha": float,
-    "multiplier": float,
-    "full_matrix": bool,
-    "use_scalar": bool,
-    "decompose_both": bool,
-}

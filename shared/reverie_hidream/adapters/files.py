@@ -11,8 +11,9 @@ from reverie_common.errors import IntegrityError
 from reverie_common.storage.tensors import read_metadata, unpack_tensors
 from torch import nn
 
-from reverie_hidream.adapters.branch import FACTOR_NAMES, LokrBranch
+from reverie_hidream.adapters.adapter import LycorisFormat
 from reverie_hidream.adapters.config import AdapterConfigError, LokrConfig
+from reverie_hidream.adapters.kronecker import FACTOR_NAMES, LokrBranch
 from reverie_hidream.adapters.lokr import CONFIG_KEY, LokrAdapter
 from reverie_hidream.adapters.selection import lora_name
 from reverie_hidream.tensor_io import from_raw
@@ -39,7 +40,7 @@ def load_adapter(transformer: nn.Module, body: bytes, *, strength: float = 1.0) 
     for name, branch in branches.items():
         device = next(linears[name].parameters()).device
         branch.factors = {key: tensor.to(device) for key, tensor in branch.factors.items()}
-    adapter = LokrAdapter(_config_of(body), branches, linears)
+    adapter = LokrAdapter(branches, linears, LycorisFormat(_config_of(body)))
     adapter.set_strength(strength)
     return adapter
 
@@ -76,7 +77,7 @@ def merged_state(transformer: nn.Module, body: bytes, *, strength: float = 1.0) 
         branch.strength = strength
         wide = torch.promote_types(weight.dtype, torch.float32)
         branch.factors = {key: tensor.to(weight.device, wide) for key, tensor in branch.factors.items()}
-        state[f"{name}.weight"] = (weight.to(wide) + branch.weight_change()).to(weight.dtype)
+        state[f"{name}.weight"] = (weight.to(wide) + branch.weight_change(weight)).to(weight.dtype)
     return state
 
 

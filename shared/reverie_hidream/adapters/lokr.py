@@ -1,160 +1,96 @@
-"""A LoKr on a transformer: attaching, training state, export (spec 4.4 to 4.7)."""
+"""LoKr and the other algorithms of LyCORIS on a transformer: attaching and counting (spec 4.2 to 4.4)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from reverie_common.storage.tensors import pack_tensors
 from torch import nn
 
-from reverie_hidream.adapters.branch import FACTOR_NAMES, LokrBranch, hook, unhook
-from reverie_hidream.adapters.config import LokrConfig
-from reverie_hidream.adapters.selection import create_modules, lora_name
-from reverie_hidream.tensor_io import to_raw
+from reverie_hidream.adapters.adapter import CONFIG_KEY, AdapterSize, BranchAdapter, LycorisFormat
+from reverie_hidream.adapters.algorithms import check_algorithms, create_branch
+from reverie_hidream.adapters.branch import Branch
+from reverie_hidream.adapters.config import LokrConfig, LycorisConfig, ModuleSettings
+from reverie_hidream.adapters.dora import DoraBranch
+from reverie_hidream.adapters.dropout import AdapterClock, BranchDropout
+from reverie_hidream.adapters.factored import FactoredBranch
+from reverie_hidream.adapters.kronecker import LokrBranch
+from reverie_hidream.adapters.lokr_start import start_near_weights
+from reverie_hidream.adapters.selection import lora_name, select_linears
 from reverie_hidream.transformer import REAL_CONFIG, build_meta_transformer
+
+__all__ = [
+    "CONFIG_KEY",
+    "AdapterSize",
+    "LokrAdapter",
+    "attach_lokr",
+    "attach_lycoris",
+    "count_modules",
+    "count_selected",
+]
 
 logger = logging.getLogger(__name__)
 
-CONFIG_KEY = "lycoris_config"
-"""Metadata key of an adapter file that holds the configuration as JSON (spec 4.6)."""
+LokrAdapter = BranchAdapter
 
 
-class AdapterSize(NamedTuple):
-    """What a configuration adapts."""
+def attach_lycoris(
+    transformer: nn.Module, config: LokrConfig | LycorisConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> BranchAdapter:
+    """Hook a new adapter into a frozen model, plain or quantised; it changes nothing until it is trained.
 
-    num_modules: int
-    num_parameters: int
-
-
-class LokrAdapter:
-    """LoKr branches hooked into the Linears of a frozen model.
-
-    The model's own parameters and state dict are untouched; `detach` restores its forward exactly.
-    """
-
-    def __init__(
-        self, config: LokrConfig, branches: Mapping[str, LokrBranch], linears: Mapping[str, nn.Module]
-    ) -> None:
-        """Hook the branches in.
-
-        Args:
-            config: what is written into exported files.
-            branches: by dotted module name.
-            linears: the same names' modules.
-        """
-        self.config = config
-        self._branches = dict(branches)
-        self._linears = dict(linears)
-        for name, branch in self._branches.items():
-            hook(self._linears[name], branch)
-
-    @property
-    def selected(self) -> list[str]:
-        """Dotted names of the adapted Linears, in the model's order."""
-        return list(self._branches)
-
-    @property
-    def num_modules(self) -> int:
-        """Number of adapted Linears."""
-        return len(self._branches)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trainable numbers, scalars included."""
-        return sum(tensor.numel() for tensor in self._tensors().values())
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable tensors by `<lora name>.<factor>`, in a fixed order; empty for a loaded, frozen adapter."""
-        return {name: tensor for name, tensor in self._tensors().items() if isinstance(tensor, nn.Parameter)}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Trainable tensors, in a fixed order."""
-        return list(self.named_parameters().values())
-
-    def raw_state(self) -> dict[str, torch.Tensor]:
-        """Copies of all tensors on the CPU, scalars apart: what an exact resume needs (spec 4.7)."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
-
-    @torch.no_grad()
-    def load_raw_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what `raw_state` gave.
-
-        Raises:
-            ValueError: other names or shapes: the state is of another configuration. Nothing is changed.
-        """
-        tensors = self._tensors()
-        if missing := sorted(tensors.keys() - state.keys()) + sorted(state.keys() - tensors.keys()):
-            raise ValueError(
-                f"the saved state is of another adapter: {len(missing)} names differ, the first is {missing[0]}"
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(f"saved {name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
-
-    def export(self, metadata: Mapping[str, str] | None = None, *, dtype: torch.dtype = torch.bfloat16) -> bytes:
-        """The adapter as a file that LyCORIS, ComfyUI and `load_adapter` read (spec 4.6).
-
-        The same state and metadata give the same bytes.
-
-        Args:
-            metadata: more entries for the file's metadata; `lycoris_config` is written by itself.
-            dtype: of the factors; alpha stays float32.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for branch in self._branches.values():
-            tensors[f"{branch.name}.alpha"] = torch.tensor(branch.alpha, dtype=torch.float32)
-            for name, tensor in branch.exported().items():
-                tensors[f"{branch.name}.{name}"] = tensor.to(dtype)
-        entries = {**(metadata or {}), CONFIG_KEY: self.config.to_json()}
-        return pack_tensors({name: to_raw(tensor) for name, tensor in tensors.items()}, entries)
-
-    def set_strength(self, strength: float) -> None:
-        """Scale the adapter's effect: 1.0 as trained, 0.0 the base model, to the last bit."""
-        for branch in self._branches.values():
-            branch.strength = strength
-
-    def detach(self) -> None:
-        """Take the adapter off the model. Its tensors stay; may be repeated."""
-        for name, branch in self._branches.items():
-            unhook(self._linears[name], branch)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{branch.name}.{name}": tensor
-            for branch in self._branches.values()
-            for name, tensor in branch.named_tensors()
-        }
-
-
-def attach_lokr(
-    transformer: nn.Module, config: LokrConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> LokrAdapter:
-    """Hook a new LoKr into a frozen model, plain or quantised; it changes nothing until it is trained.
+    `init_lokr_norm` without a scalar is the exception: its start is a small change.
 
     Args:
         dtype: of the trainable tensors; they are cast to the activations' dtype where they are applied.
-        seed: the start of the factors is a function of it; torch's global generator is not touched.
+        seed: the start of the factors and the dropouts are functions of it; torch's global generator is not touched.
 
     Raises:
         AdapterMatchesNothingError: the configuration selects no Linear.
+        AdapterConfigError: an algorithm or a setting of it does not work here.
     """
-    names = {lora_name(name): name for name, _ in transformer.named_modules()}
-    linears, branches = {}, {}
-    for module in create_modules(transformer, config, seed=seed):
-        name = names[module.lora_name]
-        linears[name] = module.org_module[0]
-        branches[name] = _branch_of(module, config, device=linears[name].weight.device, dtype=dtype)
-    adapter = LokrAdapter(config, branches, linears)
-    logger.info("LoKr on %d Linears with %d parameters", adapter.num_modules, adapter.num_parameters)
+    branches = create_branches(transformer, config, seed=seed)
+    linears = {name: transformer.get_submodule(name) for name in branches}
+    for name, branch in branches.items():
+        _make_trainable(branch, device=next(linears[name].parameters()).device, dtype=dtype)
+    if isinstance(config, LokrConfig) and config.init_lokr_norm is not None:
+        start_near_weights(branches, linears, size=config.init_lokr_norm, seed=seed)
+    clock = AdapterClock(seed=seed)
+    settings = _settings(transformer, config)
+    for index, (name, branch) in enumerate(branches.items()):
+        branch.dropout = _dropout(settings[name], clock, index)
+    adapter = BranchAdapter(branches, linears, LycorisFormat(config), clock=clock)
+    logger.info("adapter on %d Linears with %d parameters", adapter.num_modules, adapter.num_parameters)
     return adapter
 
 
-def count_selected(config: LokrConfig, transformer_config: Mapping[str, Any] = REAL_CONFIG) -> AdapterSize:
+attach_lokr = attach_lycoris
+
+
+def create_branches(transformer: nn.Module, config: LokrConfig | LycorisConfig, *, seed: int) -> dict[str, Branch]:
+    """The branches of the selected Linears by dotted name, not yet in use; their start is a function of `seed`.
+
+    Works on plain and quantised models, and on the meta device.
+
+    Raises:
+        AdapterMatchesNothingError: the selection is empty.
+        AdapterConfigError: an algorithm or a setting of it does not work here.
+    """
+    check_algorithms(config)
+    settings = _settings(transformer, config)
+    on_meta = next(transformer.parameters()).device.type == "meta"
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+        torch.manual_seed(seed)
+        return {
+            name: create_branch(lora_name(name), transformer.get_submodule(name), own) for name, own in settings.items()
+        }
+
+
+def count_selected(
+    config: LokrConfig | LycorisConfig, transformer_config: Mapping[str, Any] = REAL_CONFIG
+) -> AdapterSize:
     """What a configuration would adapt in a model, counted without memory for its weights.
 
     Raises:
@@ -163,20 +99,40 @@ def count_selected(config: LokrConfig, transformer_config: Mapping[str, Any] = R
     return count_modules(build_meta_transformer(transformer_config), config)
 
 
-def count_modules(transformer: nn.Module, config: LokrConfig) -> AdapterSize:
+def count_modules(transformer: nn.Module, config: LokrConfig | LycorisConfig) -> AdapterSize:
     """What a configuration would adapt in this model, which is not changed.
 
     Raises:
         AdapterMatchesNothingError: the configuration selects no Linear.
     """
-    modules = create_modules(transformer, config, seed=0)
-    return AdapterSize(len(modules), sum(tensor.numel() for module in modules for tensor in module.parameters()))
+    branches = create_branches(transformer, config, seed=0)
+    return AdapterSize(len(branches), sum(t.numel() for branch in branches.values() for _, t in branch.named_tensors()))
 
 
-def _branch_of(module: Any, config: LokrConfig, *, device: torch.device, dtype: torch.dtype) -> LokrBranch:
-    def trainable(tensor: torch.Tensor) -> nn.Parameter:
+def _settings(transformer: nn.Module, config: LokrConfig | LycorisConfig) -> dict[str, ModuleSettings]:
+    return {item.name: config.settings(item.overrides) for item in select_linears(transformer, config.apply_preset)}
+
+
+def _make_trainable(branch: Branch, *, device: torch.device, dtype: torch.dtype) -> None:
+    def parameter(tensor: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.detach().to(device=device, dtype=dtype))
 
-    factors = {name: trainable(getattr(module, name)) for name in FACTOR_NAMES if hasattr(module, name)}
-    scalar = trainable(module.scalar) if isinstance(module.scalar, nn.Parameter) else None
-    return LokrBranch(module.lora_name, factors, alpha=float(module.alpha), scalar=scalar, multiplier=config.multiplier)
+    if isinstance(branch, DoraBranch):
+        _make_trainable(branch.inner, device=device, dtype=dtype)
+        branch.magnitude = parameter(branch.magnitude)
+    if isinstance(branch, LokrBranch | FactoredBranch):
+        branch.factors = {name: parameter(tensor) for name, tensor in branch.factors.items()}
+        branch.scalar = None if branch.scalar is None else parameter(branch.scalar)
+
+
+def _dropout(settings: ModuleSettings, clock: AdapterClock, index: int) -> BranchDropout | None:
+    # DyLoRA draws the ranks of each micro-batch from here too.
+    if settings.algo != "dylora" and not (settings.dropout or settings.rank_dropout or settings.module_dropout):
+        return None
+    return BranchDropout(
+        clock=clock,
+        index=index,
+        element=settings.dropout,
+        rank=settings.rank_dropout,
+        module=settings.module_dropout,
+    )

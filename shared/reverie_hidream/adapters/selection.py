@@ -1,73 +1,43 @@
-"""Choosing, shaping and initialising LoKr factors with LyCORIS (spec 4.2 to 4.4).
-
-LyCORIS keeps its preset in class attributes, for the whole process; every use here sets all of them and puts the
-library's own values back.
-"""
+"""The Linears of a model that an adapter selects (spec 4.2); the rules are those of `reverie_common.lycoris_presets`."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-from lycoris.wrapper import LycorisNetwork
+from reverie_common.lycoris_presets import CLASS_ALIASES, Node, Selected, select_modules
 from torch import nn
 
-from reverie_hidream.adapters.config import CLASS_ALIASES, AdapterMatchesNothingError, LokrConfig
-
-logger = logging.getLogger(__name__)
+from reverie_hidream.adapters.config import AdapterMatchesNothingError, LokrOverrides, LokrPreset
 
 LORA_PREFIX = "lycoris"
-_PRESET_ATTRIBUTES = (
-    "ENABLE_CONV",
-    "TARGET_REPLACE_MODULE",
-    "TARGET_REPLACE_NAME",
-    "LORA_PREFIX",
-    "MODULE_ALGO_MAP",
-    "NAME_ALGO_MAP",
-    "USE_FNMATCH",
-    "TARGET_EXCLUDE_NAME",
-)
-_preset_lock = threading.Lock()
 
 
-def create_modules(transformer: nn.Module, config: LokrConfig, *, seed: int) -> list[Any]:
-    """LyCORIS' modules for the selected Linears, initialised as a function of `seed`, not yet in use.
-
-    Works on plain and quantised models, and on the meta device.
+def select_linears(transformer: nn.Module, preset: LokrPreset) -> tuple[Selected[LokrOverrides], ...]:
+    """The selected Linears with their overrides, in LyCORIS' order; the same for plain and quantised models.
 
     Raises:
         AdapterMatchesNothingError: the selection is empty.
     """
-    on_meta = next(transformer.parameters()).device.type == "meta"
-    with (
-        _preset(config),
-        _quiet_lycoris(),
-        torch.random.fork_rng(devices=[]),
-        torch.device("meta" if on_meta else "cpu"),
-    ):
-        torch.manual_seed(seed)
-        network = LycorisNetwork(
-            transformer,
-            multiplier=config.multiplier,
-            lora_dim=config.linear_dim,
-            conv_lora_dim=0,
-            alpha=config.linear_alpha,
-            network_module="lokr",
-            factor=config.factor,
-            full_matrix=config.full_matrix,
-            use_scalar=config.use_scalar,
-            decompose_both=config.decompose_both,
-            # Never build the dense change: in a bfloat16 base it would be rounded away (and costs 3 Linears).
-            bypass_mode=True,
-            warn_on_unmatched=False,
+    selection = select_modules(_nodes(transformer), preset)
+    if not selection.modules:
+        raise AdapterMatchesNothingError(_nothing_matched(transformer, preset))
+    return selection.modules
+
+
+def select_by_ends(transformer: nn.Module, ends: tuple[str, ...]) -> list[str]:
+    """Names of the Linears whose dotted name is one of `ends` or ends with a dot and one of them, as PEFT selects.
+
+    Raises:
+        AdapterMatchesNothingError: the selection is empty.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    selected = [name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)]
+    if not selected:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise AdapterMatchesNothingError(
+            f"the adapter matches no Linear: target_modules {list(ends)}; the ends of this model's names are {known}"
         )
-    if not network.loras:
-        raise AdapterMatchesNothingError(_nothing_matched(transformer, config))
-    return list(network.loras)
+    return selected
 
 
 def lora_name(module_name: str) -> str:
@@ -75,48 +45,14 @@ def lora_name(module_name: str) -> str:
     return f"{LORA_PREFIX}_{module_name}".replace(".", "_")
 
 
-@contextlib.contextmanager
-def _preset(config: LokrConfig) -> Iterator[None]:
-    preset = config.apply_preset
-    with _preset_lock:
-        saved = {name: getattr(LycorisNetwork, name) for name in _PRESET_ATTRIBUTES}
-        try:
-            LycorisNetwork.apply_preset(
-                {
-                    "enable_conv": False,
-                    "target_module": [_aliased(name) for name in preset.class_selection()],
-                    "target_name": list(preset.target_name),
-                    "module_algo_map": {_aliased(key): item.to_dict() for key, item in preset.module_algo_map.items()},
-                    "name_algo_map": {key: item.to_dict() for key, item in preset.name_algo_map.items()},
-                    "lora_prefix": LORA_PREFIX,
-                    "use_fnmatch": preset.use_fnmatch,
-                    "exclude_name": list(preset.exclude_name),
-                }
-            )
-            yield
-        finally:
-            for name, value in saved.items():
-                setattr(LycorisNetwork, name, value)
+def _nodes(transformer: nn.Module) -> Iterator[Node]:
+    for name, module in transformer.named_modules():
+        is_linear = isinstance(module, nn.Linear)
+        # A quantised Linear has a class of its own; a preset means the model's.
+        yield Node(name=name, class_name="Linear" if is_linear else type(module).__name__, is_linear=is_linear)
 
 
-@contextlib.contextmanager
-def _quiet_lycoris() -> Iterator[None]:
-    # It reports a dozen lines at every creation; what matters of them we say ourselves.
-    lycoris_logger = logging.getLogger("LyCORIS")
-    level = lycoris_logger.level
-    lycoris_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        lycoris_logger.setLevel(level)
-
-
-def _aliased(class_name: str) -> str:
-    return CLASS_ALIASES.get(class_name, class_name)
-
-
-def _nothing_matched(transformer: nn.Module, config: LokrConfig) -> str:
-    preset = config.apply_preset
+def _nothing_matched(transformer: nn.Module, preset: LokrPreset) -> str:
     classes = sorted({type(module).__name__ for module in transformer.modules() if _has_linear(module)})
     aliases = ", ".join(f"{alias} for {name}" for alias, name in CLASS_ALIASES.items() if name in classes)
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]

@@ -373,4 +373,4 @@ def test_lycoris_stays_quiet_and_we_log_the_counts(
     adapter = attach_lokr(transformer, LokrConfig(factor=4))
 
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == [f"LoKr on 16 Linears with {adapter.num_parameters} parameters"]
+    assert messages == [f"adapter on 16 Linears with {adapter.num_parameters} parameters"]
