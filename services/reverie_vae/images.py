@@ -25,7 +25,7 @@ from reverie_vae.resize import resize_lanczos
 
 logger = logging.getLogger(__name__)
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Part of every latent's key. Raise it when any pixel that `read_pixels` returns changes."""
 
 INSPECTION_VERSION = 1
