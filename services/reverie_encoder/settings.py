@@ -1,16 +1,15 @@
 """Settings of the encoder service: `REVERIE_ENCODER_<FIELD>` or `--field`; the store's are `REVERIE_STORE_<FIELD>`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 from reverie_common.concurrency import BatchLimits
 from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
+from reverie_hidream.precisions import NO_CHANGE, refusal
 
 ENCODER_NAMES = ("clip_l", "clip_g", "t5", "llama")
-
-Precision = Literal["no_change", "int8-quanto"]
 
 
 class EncoderSettings(ServerSettings, StoreSettings):
@@ -42,8 +41,9 @@ class EncoderSettings(ServerSettings, StoreSettings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations, embeddings and unquantised weights."""
 
-    precision: Precision = "no_change"
-    """How the weights of every encoder that says nothing of its own are held."""
+    precision: CommaSeparated = (NO_CHANGE,)
+    """How weights are held, a name of docs/quantisation.md: one for all encoders, or some by encoder as
+    `t5=int8-quanto,llama=nf4-bnb`, which leaves the others as loaded."""
 
     clip_l_device: str | None = None
     """torch device of CLIP-L."""
@@ -56,18 +56,6 @@ class EncoderSettings(ServerSettings, StoreSettings):
 
     llama_device: str | None = None
     """torch device of Llama."""
-
-    clip_l_precision: Precision | None = None
-    """Precision of CLIP-L's weights."""
-
-    clip_g_precision: Precision | None = None
-    """Precision of CLIP-bigG's weights."""
-
-    t5_precision: Precision | None = None
-    """Precision of T5's weights."""
-
-    llama_precision: Precision | None = None
-    """Precision of Llama's weights."""
 
     num_threads: int = Field(default=1, ge=1)
     """torch threads on the CPU. Encoders run side by side, one thread each, so more helps only with few encoders."""
@@ -96,6 +84,30 @@ class EncoderSettings(ServerSettings, StoreSettings):
             raise ValueError(f"{','.join(unknown) or 'none'} given; use one or more of {','.join(ENCODER_NAMES)}")
         return tuple(dict.fromkeys(encoders))
 
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, precision: tuple[str, ...]) -> tuple[str, ...]:
+        if len(precision) == 1 and "=" not in precision[0]:
+            return precision
+        for choice in precision:
+            name, separator, _ = choice.partition("=")
+            if not separator or name not in ENCODER_NAMES:
+                example = "t5=int8-quanto,llama=nf4-bnb"
+                raise ValueError(
+                    f"{choice!r} is not ENCODER=PRECISION with one of {','.join(ENCODER_NAMES)}; write {example}, or "
+                    "one precision for all"
+                )
+        return precision
+
+    @model_validator(mode="after")
+    def _check_precisions(self) -> Self:
+        for name in self.encoders:
+            device_type = self.device_of(name).partition(":")[0]
+            problem = refusal(self.precision_of(name), is_trained_on=False, device_type=device_type)
+            if problem is not None:
+                raise ValueError(f"precision of {name}: {problem}")
+        return self
+
     def device_of(self, encoder: str) -> str:
         """Device of one encoder: its own, or that of all."""
         own: str | None = getattr(self, f"{encoder}_device")
@@ -103,8 +115,10 @@ class EncoderSettings(ServerSettings, StoreSettings):
 
     def precision_of(self, encoder: str) -> str:
         """Precision of one encoder: its own, or that of all."""
-        own: str | None = getattr(self, f"{encoder}_precision")
-        return own or self.precision
+        if "=" not in self.precision[0]:
+            return self.precision[0]
+        chosen = dict(choice.split("=", 1) for choice in self.precision)
+        return chosen.get(encoder, NO_CHANGE)
 
     def batch_limits(self) -> BatchLimits:
         """The micro-batchers' limits. Results are stored while the next batch runs, hence two batches' worth."""

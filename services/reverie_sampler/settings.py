@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
+from reverie_hidream.precisions import refusal
 
 
 class SamplerSettings(ServerSettings, StoreSettings):
@@ -37,8 +38,8 @@ class SamplerSettings(ServerSettings, StoreSettings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and unquantised weights."""
 
-    precision: Literal["no_change", "int8-quanto"] = "no_change"
-    """How the transformer's weights are held."""
+    precision: str = "no_change"
+    """How the transformer's weights are held: a name of docs/quantisation.md."""
 
     num_threads: int = Field(default=1, ge=1)
     """torch threads on the CPU."""
@@ -54,6 +55,14 @@ class SamplerSettings(ServerSettings, StoreSettings):
 
     patience_seconds: float = Field(default=60.0, ge=0)
     """How long an encoder or VAE service may be away before a request that needs it fails."""
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, precision: str) -> str:
+        problem = refusal(precision, is_trained_on=False)
+        if problem is not None:
+            raise ValueError(problem)
+        return precision
 
     @field_validator("encoders")
     @classmethod

@@ -59,18 +59,16 @@ def assemble(
         on_part: called with each finished part and its name, before the next one is read.
 
     Raises:
-        ValueError: the precision cannot be made there, or the source left something on the meta device.
+        ValueError: the precision cannot be made there, or the source gave a part no weights.
     """
     stage = torch.device("cpu") if quantize_via == "cpu" else device
     for name, part in parts_of(transformer):
         source(name, part, device=stage, dtype=dtype)
+        _require_weights(name, part)
         quantise(part, precision)
         part.to(device)
         if on_part is not None:
             on_part(name, part)
-    left = [name for name, tensor in _tensors(transformer) if tensor.is_meta]
-    if left:
-        raise ValueError(f"{len(left)} tensors of the transformer got no weights, the first is {left[0]}")
 
 
 class CheckpointWeights:
@@ -132,6 +130,8 @@ def _files_by_tensor(directory: Path) -> Mapping[str, str]:
     return found
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _require_weights(name: str, part: nn.Module) -> None:
+    tensors = (*part.named_parameters(), *part.named_buffers())
+    left = [key for key, tensor in tensors if tensor.is_meta]
+    if left:
+        raise ValueError(f"{len(left)} tensors of {name} got no weights, the first is {left[0]}")

@@ -16,3 +16,10 @@ def test_tells_every_wrong_field_at_once() -> None:
         SamplerSettings.from_command_line(["--encoders", "", "--max-adapters", "0", "--dtype", "float16"])
     fields = {violation.field for violation in refusal.value.violations}
     assert fields >= {"checkpoint", "max_adapters", "dtype"}
+
+
+def test_takes_every_precision_and_refuses_others_by_name() -> None:
+    settings = SamplerSettings.from_command_line(["--checkpoint", "somewhere", "--precision", "nf4-bnb"])
+    assert settings.precision == "nf4-bnb"
+    with pytest.raises(InvalidArgumentError, match=r"'fp8-native' is not supported: .* use 'fp8wo-torchao'"):
+        SamplerSettings.from_command_line(["--checkpoint", "somewhere", "--precision", "fp8-native"])
