@@ -38,6 +38,7 @@ class TransformerConfig:
     num_routed_experts: int
     llama_layers: tuple[int, ...]
     max_resolution: tuple[int, int]
+    num_activated_experts: int = 2
 
     @classmethod
     def from_json(cls, config: Mapping[str, object]) -> "TransformerConfig":
@@ -56,6 +57,7 @@ class TransformerConfig:
             num_routed_experts=_integer(config, "num_routed_experts"),
             llama_layers=_integers(config, "llama_layers"),
             max_resolution=_pair(config, "max_resolution"),
+            num_activated_experts=_integer(config, "num_activated_experts"),
         )
 
     @property
@@ -178,6 +180,11 @@ def lokr_parameters(shape: tuple[int, int], adapter: LokrAdapter, overrides: Lok
     return w1 + w2 + int(has_scalar)
 
 
+def swiglu_width(hidden: int) -> int:
+    """Return the inner width of a feed-forward that is built for `hidden` (spec 1.4)."""
+    return _SWIGLU_MULTIPLE * -(-(2 * hidden // 3) // _SWIGLU_MULTIPLE)
+
+
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
     """Split `dimension` into (smaller, larger) as LyCORIS does; a negative factor gives the most balanced split."""
     if factor > 0 and dimension % factor == 0:
@@ -280,7 +287,7 @@ def _mixture(config: TransformerConfig, name: str) -> Iterator[ModuleNode]:
 
 
 def _swiglu(name: str, width: int, hidden: int) -> Iterator[ModuleNode]:
-    inner = _SWIGLU_MULTIPLE * -(-(2 * hidden // 3) // _SWIGLU_MULTIPLE)
+    inner = swiglu_width(hidden)
     yield ModuleNode(name=name, class_name="HiDreamImageFeedForwardSwiGLU")
     yield _linear(f"{name}.w1", inner, width, has_bias=False)
     yield _linear(f"{name}.w2", width, inner, has_bias=False)
