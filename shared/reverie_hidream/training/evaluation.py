@@ -32,6 +32,14 @@ class EvaluationBatch:
     """(B, C, h, w) float32, see `evaluation_noise`."""
     conditioning: TextConditioning
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> EvaluationBatch:
+        """The same on a device, the embeddings in the dtype of the model."""
+        return EvaluationBatch(
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            conditioning=self.conditioning.to(device, dtype),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimestepLoss:
@@ -78,9 +86,11 @@ def evaluate(
     Raises:
         ValueError: there is no batch.
     """
+    device, dtype = transformer.x_embedder.proj.bias.device, transformer.x_embedder.proj.bias.dtype
     losses: dict[float, list[float]] = {}
     num_done = 0
-    for batch in batches:
+    for given in batches:
+        batch = given.to(device, dtype)
         sigmas = schedule_sigmas(num_timesteps, settings.shift_for(*batch.latents.shape[-2:]))
         measured = []
         for sigma in sigmas:
@@ -100,13 +110,10 @@ def _losses_at(
     transformer: diffusers.HiDreamImageTransformer2DModel, batch: EvaluationBatch, sigma: torch.Tensor
 ) -> torch.Tensor:
     """(B,) on the model's device."""
-    device = transformer.x_embedder.proj.bias.device
-    latents, noise = batch.latents.to(device), batch.noise.to(device)
-    sigmas = sigma.to(device).expand(latents.shape[0])
-    velocity = predict_velocity(
-        transformer, noisy_latents(latents, noise, sigmas), timesteps_of(sigmas), batch.conditioning
-    )
-    return sample_losses(velocity, velocity_target(latents, noise))
+    sigmas = sigma.to(batch.latents.device).expand(batch.latents.shape[0])
+    noisy = noisy_latents(batch.latents, batch.noise, sigmas)
+    velocity = predict_velocity(transformer, noisy, timesteps_of(sigmas), batch.conditioning)
+    return sample_losses(velocity, velocity_target(batch.latents, batch.noise))
 
 
 def _mean(values: Sequence[float]) -> float:
