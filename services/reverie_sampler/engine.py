@@ -16,10 +16,18 @@ from reverie_common.storage.tensors import RawTensor
 from reverie_hidream.adapters.files import AdapterFileError, load_adapter
 from reverie_hidream.adapters.lokr import LokrAdapter
 from reverie_hidream.checkpoint import component_fingerprint, require_parts
+from reverie_hidream.compilation import CompiledPrediction
 from reverie_hidream.conditioning import TextConditioning, collate
-from reverie_hidream.sampling import draw, initial_noise, load_scheduler
+from reverie_hidream.sampling import (
+    PreviewHook,
+    StepPreview,
+    draw,
+    initial_noise,
+    load_scheduler,
+    named_scheduler,
+)
 from reverie_hidream.tensor_io import from_raw, to_raw
-from reverie_hidream.transformer import canvas_pixels, load_transformer, pixel_multiple
+from reverie_hidream.transformer import canvas_pixels, load_transformer, pixel_multiple, predict_velocity
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +73,55 @@ class Drawing:
     adapter_sha256: str | None
     """An adapter that `add_adapter` loaded; None draws with the base model."""
     adapter_strength: float
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None
+    """None is the checkpoint's own."""
+    preview_steps: int = 0
+    """0 makes no previews."""
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentPreview:
+    """What a picture would be if it were finished after this step."""
+
+    step: int
+    num_steps: int
+    timestep: float
+    latents: RawTensor
+    """(1, 16, height / 8, width / 8) float32, scaled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawingHooks:
+    """Who is told while a latent is drawn, all in the engine's thread."""
+
+    on_step: Callable[[int, int], None]
+    """After every step: (steps done, steps in all)."""
+    should_stop: Callable[[], bool]
+    """Asked before every step."""
+    on_preview: Callable[[LatentPreview], None]
 
 
 class SamplerEngine:
     """Owned by one thread."""
 
-    def __init__(self, transformer: Any, scheduler: Any, facts: SamplerFacts, *, max_adapters: int) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        facts: SamplerFacts,
+        *,
+        max_adapters: int,
+        compile_backend: str = "inductor",
+    ) -> None:
         """Draw with the base model until there are adapters."""
         self.facts = facts
         self._transformer = transformer
         self._scheduler = scheduler
         self._max_adapters = max_adapters
         self._num_channels = int(transformer.config.in_channels)
+        self._compiled = CompiledPrediction(backend=compile_backend)
         # All are on the model, at strength 0 but for the one that draws: swapping moves no bytes.
         self._adapters: OrderedDict[str, LokrAdapter] = OrderedDict()
 
@@ -84,6 +129,11 @@ class SamplerEngine:
     def adapter_sha256s(self) -> Sequence[str]:
         """Adapters in memory, the most recently used first."""
         return tuple(reversed(self._adapters))
+
+    @property
+    def compile_problem(self) -> str | None:
+        """Why drawings that ask to be compiled are not; None as long as compiling works."""
+        return self._compiled.problem
 
     def add_adapter(self, sha256: str, body: bytes) -> None:
         """Put the adapter of a file on the model. Blocks for milliseconds.
@@ -102,14 +152,8 @@ class SamplerEngine:
             _, oldest = self._adapters.popitem(last=False)
             oldest.detach()
 
-    def draw(
-        self, drawing: Drawing, *, on_step: Callable[[int, int], None], should_stop: Callable[[], bool]
-    ) -> RawTensor:
+    def draw(self, drawing: Drawing, hooks: DrawingHooks) -> RawTensor:
         """Draw one latent: (1, 16, height / 8, width / 8) float32, scaled. Blocks for all steps.
-
-        Args:
-            on_step: called after every step with (steps done, steps in all).
-            should_stop: asked before every step.
 
         Raises:
             SamplingStopped: `should_stop` said so.
@@ -117,27 +161,29 @@ class SamplerEngine:
         """
         self._select(drawing.adapter_sha256, drawing.adapter_strength)
         try:
-            return to_raw(self._draw(drawing, on_step, should_stop))
+            return to_raw(self._draw(drawing, hooks))
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(drawing) from error
 
-    def _draw(
-        self, drawing: Drawing, on_step: Callable[[int, int], None], should_stop: Callable[[], bool]
-    ) -> torch.Tensor:
+    def _draw(self, drawing: Drawing, hooks: DrawingHooks) -> torch.Tensor:
+        own = self._scheduler
         return draw(
             self._transformer,
-            self._scheduler,
+            own if drawing.scheduler is None else named_scheduler(drawing.scheduler, own),
             _conditioning(drawing.positive),
             None if drawing.negative is None else _conditioning(drawing.negative),
             width=drawing.width,
             height=drawing.height,
             num_inference_steps=drawing.num_inference_steps,
             guidance_scale=drawing.guidance_scale,
+            guidance_rescale=drawing.guidance_rescale,
             noise=initial_noise(drawing.seed, drawing.height, drawing.width, self._num_channels),
             shift=drawing.shift,
             seed=drawing.seed,
-            on_step=on_step,
-            should_stop=should_stop,
+            predict=self._compiled if drawing.compile else predict_velocity,
+            on_step=hooks.on_step,
+            previews=_preview_hook(drawing.preview_steps, hooks.on_preview),
+            should_stop=hooks.should_stop,
         ).cpu()
 
     def _select(self, sha256: str | None, strength: float) -> None:
@@ -148,7 +194,14 @@ class SamplerEngine:
 
 
 def load_engine(
-    checkpoint: Path, *, device: str, dtype: str, precision: str, num_threads: int, max_adapters: int
+    checkpoint: Path,
+    *,
+    device: str,
+    dtype: str,
+    precision: str,
+    num_threads: int,
+    max_adapters: int,
+    compile_backend: str = "inductor",
 ) -> tuple[SamplerEngine, float]:
     """Load the transformer and the scheduler; also the seconds that it took. Blocks for seconds to minutes.
 
@@ -169,10 +222,28 @@ def load_engine(
         max_pixels=canvas_pixels(transformer),
         pixel_multiple=pixel_multiple(transformer),
     )
-    engine = SamplerEngine(transformer, load_scheduler(checkpoint), facts, max_adapters=max_adapters)
+    engine = SamplerEngine(
+        transformer,
+        load_scheduler(checkpoint),
+        facts,
+        max_adapters=max_adapters,
+        compile_backend=compile_backend,
+    )
     seconds = time.monotonic() - started
     logger.info("transformer loaded", extra={"seconds": round(seconds, 3), "device": device})
     return engine, seconds
+
+
+def _preview_hook(every: int, show: Callable[[LatentPreview], None]) -> PreviewHook | None:
+    if not every:
+        return None
+
+    def copied(preview: StepPreview) -> None:
+        # The copy to the host is the only time that a preview takes from the drawing.
+        latents = to_raw(preview.latents.cpu())
+        show(LatentPreview(step=preview.step, num_steps=preview.num_steps, timestep=preview.timestep, latents=latents))
+
+    return PreviewHook(every=every, show=copied)
 
 
 def _conditioning(embeddings: Mapping[str, RawTensor]) -> TextConditioning:

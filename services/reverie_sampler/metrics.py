@@ -1,4 +1,4 @@
-"""Instruments of the sampler service. Labels: where a picture came from."""
+"""Instruments of the sampler service. Labels: where a picture came from, what became of a preview."""
 
 from prometheus_client import Counter, Gauge, Histogram
 from reverie_common.telemetry.metrics import REGISTRY
@@ -10,6 +10,12 @@ PICTURES = Counter(
     "reverie_sampler_pictures",
     "Pictures answered: `drawn`, or `stored` from an earlier request.",
     ("source",),
+    registry=REGISTRY,
+)
+PREVIEWS = Counter(
+    "reverie_sampler_previews",
+    "Previews `made`, or `dropped` because the VAE service was away or slow.",
+    ("outcome",),
     registry=REGISTRY,
 )
 DRAW_SECONDS = Histogram(
@@ -24,3 +30,5 @@ MODEL_LOAD_SECONDS = Gauge("reverie_sampler_model_load_seconds", "Seconds that l
 
 for _source in ("drawn", "stored"):
     PICTURES.labels(_source)
+for _outcome in ("made", "dropped"):
+    PREVIEWS.labels(_outcome)

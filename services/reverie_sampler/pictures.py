@@ -5,8 +5,7 @@ decoded, so that a VAE that is away costs no drawing.
 """
 
 import asyncio
-import threading
-import time
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
@@ -16,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.json_format import MessageToJson, Parse
 from reverie.common.v1.common_pb2 import ObjectRef, TensorRef
 from reverie.vae.v1 import vae_pb2
-from reverie_common.errors import DataLossError, ObjectNotFoundError, ResourceExhaustedError
+from reverie_common.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    ObjectNotFoundError,
+    ResourceExhaustedError,
+    ReverieError,
+)
 from reverie_common.rpc.channel import repeat_while_unavailable
 from reverie_common.storage import (
     JSON_MEDIA_TYPE,
@@ -29,17 +34,24 @@ from reverie_common.storage import (
 from reverie_common.storage.keys import content_digest, reference_key, sample_key
 
 from reverie_sampler.engine import Drawing, SamplerEngine
-from reverie_sampler.metrics import ADAPTERS, DRAW_SECONDS, PICTURES, STEP_SECONDS, WAITING
+from reverie_sampler.feed import DrawingFeed
+from reverie_sampler.metrics import ADAPTERS, DRAW_SECONDS, PICTURES, WAITING
+from reverie_sampler.previews import Preview, PreviewMaker
 from reverie_sampler.requests import SampleOrder
+from reverie_sampler.scores import Scores
 from reverie_sampler.texts import Texts
 
 if TYPE_CHECKING:
     from reverie.vae.v1.vae_pb2_grpc import VaeServiceAsyncStub
 
+logger = logging.getLogger(__name__)
+
 LATENTS_NAME = "latents"
 DESCRIBE_TIMEOUT_SECONDS = 10.0
 DECODE_TIMEOUT_SECONDS = 300.0
 MAX_ADAPTER_BYTES = 4 * 1024**3
+PREVIEW_PATIENCE_SECONDS = 1.0
+"""How long a finished picture waits for a preview that is under way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +69,19 @@ class Picture:
     index: int
     image: ObjectRef
     seed: int
+    clip_score: float | None = None
+    """None where it was not asked for, or could not be computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """Something that is not as it was asked for; the drawing goes on."""
+
+    reason: str
+    message: str
+
+
+Answer = Progress | Preview | Notice | Picture
 
 
 class Pictures:
@@ -69,6 +94,7 @@ class Pictures:
         store: ObjectStore,
         texts: Texts,
         vae: "VaeServiceAsyncStub",
+        scores: Scores,
         max_waiting: int,
         patience_seconds: float,
     ) -> None:
@@ -77,6 +103,7 @@ class Pictures:
         self._store = store
         self._texts = texts
         self._vae = vae
+        self._scores = scores
         self._max_waiting = max_waiting
         self._patience_seconds = patience_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
@@ -88,41 +115,79 @@ class Pictures:
         """What draws."""
         return self._engine
 
+    @property
+    def clip_model(self) -> str:
+        """Where the CLIP model of scores comes from; empty where there is none."""
+        return self._scores.location
+
+    async def has_previews(self) -> bool:
+        """Whether the VAE service holds a tiny decoder; no as well where it does not answer."""
+        try:
+            return bool((await self._describe_vae(patience_seconds=0.0)).preview_decoder)
+        except ReverieError as error:
+            logger.info("the VAE is not described: %s", error.message)
+            return False
+
     def close(self) -> None:
         """Let the running step finish, forget the rest. Safe to repeat."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._scores.close()
 
-    async def draw(self, order: SampleOrder) -> AsyncGenerator[Progress | Picture, None]:
-        """Yield progress, and the pictures in order. Safe to repeat: what is done is not done again.
+    async def draw(self, order: SampleOrder) -> AsyncGenerator[Answer, None]:
+        """Yield progress, previews, notices, and the pictures in order. Safe to repeat: what is done is not done again.
 
         Raises:
             ResourceExhaustedError: too many orders wait already.
             UnavailableError: an encoder, the VAE or the store is away.
+            FailedPreconditionError: scores are asked for and there is no CLIP model.
             NotFoundError, InvalidArgumentError: the adapter is not in the store, or does not fit.
         """
+        self._require_clip_model(order)
         surroundings = await self._surroundings()
         keys = [_keys(order, index, surroundings) for index in range(order.num_images)]
         stored = await asyncio.gather(*(asyncio.to_thread(self._stored_picture, key) for key, _ in keys))
         plan = _Steps(order.num_inference_steps * sum(picture is None for picture in stored))
+        notices = _Notices()
         for index, ((key, latents_key), image) in enumerate(zip(keys, stored, strict=True)):
             if image is None:
                 # Closed with this generator: a caller that leaves frees the engine at once.
-                async with aclosing(self._draw_latents(order, index, latents_key, plan)) as steps:
-                    async for progress in steps:
-                        yield progress
+                async with aclosing(self._draw_picture(order, index, latents_key, plan, notices)) as answers:
+                    async for answer in answers:
+                        yield answer
                 image = await self._decode(key, latents_key)
             PICTURES.labels("drawn" if stored[index] is None else "stored").inc()
-            yield Picture(index=index, image=image, seed=order.seed + index)
+            score = await self._score(order, image, notices)
+            for notice in notices.take():
+                yield notice
+            yield Picture(index=index, image=image, seed=order.seed + index, clip_score=score)
+
+    def _require_clip_model(self, order: SampleOrder) -> None:
+        if order.clip_score and not self._scores.location:
+            raise FailedPreconditionError(
+                "clip_score: this sampler has no CLIP model; start it with --clip-model, or leave clip_score out",
+                reason="NO_CLIP_MODEL",
+            )
+
+    async def _score(self, order: SampleOrder, image: ObjectRef, notices: "_Notices") -> float | None:
+        if not order.clip_score:
+            return None
+        try:
+            return await self._scores.score(image, order.prompt)
+        except (ReverieError, OSError, ValueError) as error:
+            # The picture is worth more than its score.
+            logger.warning("a picture was not scored: %s", error)
+            notices.add("CLIP_SCORE_LOST", f"pictures are not scored: {error}")
+            return None
 
     async def _surroundings(self) -> Mapping[str, Any]:
         """What a picture depends on besides the order. Asked every time: services are replaced while we run."""
         encoders, vae = await asyncio.gather(self._texts.fingerprints(), self._describe_vae())
         return {"transformer": self._engine.facts.drawing_fingerprint, "encoders": encoders, "vae": vae.fingerprint}
 
-    async def _describe_vae(self) -> vae_pb2.DescribeVaeResponse:
+    async def _describe_vae(self, patience_seconds: float | None = None) -> vae_pb2.DescribeVaeResponse:
         return await repeat_while_unavailable(
             lambda: self._vae.DescribeVae(vae_pb2.DescribeVaeRequest(), timeout=DESCRIBE_TIMEOUT_SECONDS),
-            limit_seconds=self._patience_seconds,
+            limit_seconds=self._patience_seconds if patience_seconds is None else patience_seconds,
         )
 
     def _stored_picture(self, key: str) -> ObjectRef | None:
@@ -133,8 +198,28 @@ class Pictures:
         # The reference may outlive the picture.
         return ref if self._store.head(self._store.key_of(ref.uri)) is not None else None
 
+    async def _draw_picture(
+        self, order: SampleOrder, index: int, latents_key: str, plan: "_Steps", notices: "_Notices"
+    ) -> AsyncGenerator[Progress | Preview, None]:
+        """Draw one latent, with its previews."""
+        previews = PreviewMaker(self._vae, self._store, index=index, latents_key=latents_key)
+        try:
+            async with aclosing(self._draw_latents(order, index, latents_key, plan, previews)) as steps:
+                async for progress in steps:
+                    yield progress
+                    for preview in previews.take():
+                        yield preview
+            for preview in await previews.finish(PREVIEW_PATIENCE_SECONDS):
+                yield preview
+        finally:
+            await previews.finish(0.0)
+        if previews.problem is not None:
+            notices.add("PREVIEWS_LOST", f"no more previews of this picture: {previews.problem}")
+        if order.compile and self._engine.compile_problem is not None:
+            notices.add("NOT_COMPILED", f"drawn without compiling: {self._engine.compile_problem}")
+
     async def _draw_latents(
-        self, order: SampleOrder, index: int, key: str, plan: "_Steps"
+        self, order: SampleOrder, index: int, key: str, plan: "_Steps", previews: PreviewMaker
     ) -> AsyncGenerator[Progress, None]:
         async with self._my_turn():
             # Somebody may have drawn it while we waited.
@@ -142,15 +227,18 @@ class Pictures:
                 plan.skip(order.num_inference_steps)
                 return
             drawing = await self._drawing(order, index)
-            steps = _StepFeed()
-            running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, order, drawing, steps)
-            running.add_done_callback(steps.close)
+            feed = DrawingFeed()
+            running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, order, drawing, feed)
+            running.add_done_callback(feed.close)
             try:
-                async for _ in steps:
-                    yield plan.advance()
+                async for preview in feed:
+                    if preview is None:
+                        yield plan.advance()
+                    else:
+                        previews.offer(preview)
                 latents = await running
             finally:
-                steps.stop()
+                feed.stop()
             await asyncio.to_thread(put_tensor, self._store, key, LATENTS_NAME, latents, compressed=False)
 
     @asynccontextmanager
@@ -188,16 +276,20 @@ class Pictures:
             negative=negative,
             adapter_sha256=None if order.adapter is None else order.adapter.sha256,
             adapter_strength=order.adapter_strength,
+            guidance_rescale=order.guidance_rescale,
+            scheduler=order.scheduler,
+            preview_steps=order.preview_steps,
+            compile=order.compile,
         )
 
-    def _run(self, order: SampleOrder, drawing: Drawing, steps: "_StepFeed") -> RawTensor:
+    def _run(self, order: SampleOrder, drawing: Drawing, feed: DrawingFeed) -> RawTensor:
         """The part that blocks, in the engine's thread."""
         if order.adapter is not None and order.adapter.sha256 not in self._engine.adapter_sha256s:
             body = get_object(self._store, order.adapter, max_size_bytes=MAX_ADAPTER_BYTES)
             self._engine.add_adapter(order.adapter.sha256, body)
             ADAPTERS.set(len(self._engine.adapter_sha256s))
         with DRAW_SECONDS.time():
-            return self._engine.draw(drawing, on_step=steps.push, should_stop=lambda: steps.is_stopped)
+            return self._engine.draw(drawing, feed.hooks)
 
     async def _decode(self, key: str, latents_key: str) -> ObjectRef:
         latents = await asyncio.to_thread(tensor_ref_if_present, self._store, latents_key)
@@ -226,8 +318,12 @@ def _keys(order: SampleOrder, index: int, surroundings: Mapping[str, Any]) -> tu
         "height": order.height,
         "num_inference_steps": order.num_inference_steps,
         "guidance_scale": order.guidance_scale if order.is_guided else None,
+        "guidance_rescale": order.guidance_rescale if order.is_guided else None,
         "seed": order.seed + index,
         "shift": order.shift,
+        "scheduler": order.scheduler,
+        # Rounded in another order.
+        "compile": order.compile,
         "adapter": None if order.adapter is None else order.adapter.sha256,
         "adapter_strength": None if order.adapter is None else order.adapter_strength,
         "transformer": surroundings["transformer"],
@@ -252,36 +348,18 @@ class _Steps:
         self._num_steps -= num_steps
 
 
-class _StepFeed:
-    """Brings steps from the engine's thread to the event loop, and the wish to stop the other way."""
+class _Notices:
+    """Tells each kind of notice once for each order."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[bool] = asyncio.Queue()
-        self._stopped = threading.Event()
-        self._last = time.monotonic()
+        self._waiting: list[Notice] = []
+        self._told: set[str] = set()
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._stopped.is_set()
+    def add(self, reason: str, message: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            self._waiting.append(Notice(reason=reason, message=message))
 
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def push(self, step: int, num_steps: int) -> None:
-        """A step is done; called by the engine's thread."""
-        del step, num_steps
-        now = time.monotonic()
-        STEP_SECONDS.observe(now - self._last)
-        self._last = now
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, True)
-
-    def close(self, running: asyncio.Future[RawTensor]) -> None:
-        """No more steps; called by the event loop."""
-        if not running.cancelled():
-            running.exception()  # seen, even where the caller has left before it was raised
-        self._queue.put_nowait(False)
-
-    async def __aiter__(self) -> AsyncIterator[None]:
-        while await self._queue.get():
-            yield
+    def take(self) -> list[Notice]:
+        taken, self._waiting = self._waiting, []
+        return taken

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from reverie.common.v1.common_pb2 import ObjectRef
 from reverie.sampling.v1 import sampling_pb2
 from reverie_common.errors import FieldViolation, InvalidArgumentError
+from reverie_common.sampling_methods import SCHEDULERS
 
 MAX_PROMPT_CHARACTERS = 8192
 MAX_SIDE_PIXELS = 4096
@@ -44,6 +45,12 @@ class SampleOrder:
     shift: float | None
     adapter: ObjectRef | None
     adapter_strength: float
+    guidance_rescale: float = 0.0
+    scheduler: str | None = None
+    """None is the checkpoint's own."""
+    preview_steps: int = 0
+    clip_score: bool = False
+    compile: bool = False
 
     @property
     def is_guided(self) -> bool:
@@ -69,8 +76,14 @@ def checked_order(request: sampling_pb2.SampleRequest, rule: SizeRule, key_of: K
         shift=request.shift if request.HasField("shift") else None,
         adapter=request.adapter if request.HasField("adapter") else None,
         adapter_strength=request.adapter_strength if request.HasField("adapter_strength") else 1.0,
+        guidance_rescale=request.guidance_rescale,
+        scheduler=request.scheduler if request.HasField("scheduler") else None,
+        preview_steps=request.preview_steps,
+        clip_score=request.clip_score,
+        compile=request.compile,
     )
     violations = [*_text_violations(order), *_size_violations(order, rule), *_number_violations(order)]
+    violations += _method_violations(order)
     violations += _adapter_violations(order, key_of)
     if violations:
         raise InvalidArgumentError(
@@ -130,6 +143,23 @@ def _number_violations(order: SampleOrder) -> Iterator[FieldViolation]:
         yield FieldViolation(
             field="adapter_strength",
             description=f"{order.adapter_strength}, must be within +-{MAX_STRENGTH:g}; 1.0 is as trained",
+        )
+
+
+def _method_violations(order: SampleOrder) -> Iterator[FieldViolation]:
+    if not 0.0 <= order.guidance_rescale <= 1.0:
+        yield FieldViolation(
+            field="guidance_rescale", description=f"{order.guidance_rescale}, must be 0 to 1; 0.7 is usual"
+        )
+    if order.scheduler is not None and order.scheduler not in SCHEDULERS:
+        yield FieldViolation(
+            field="scheduler",
+            description=f"unknown value {order.scheduler[:80]!r}, expected one of {', '.join(SCHEDULERS)}; without it "
+            "the checkpoint's own is used",
+        )
+    if order.preview_steps > MAX_STEPS:
+        yield FieldViolation(
+            field="preview_steps", description=f"{order.preview_steps}, must be 0 to {MAX_STEPS}; 5 is usual"
         )
 
 

@@ -14,6 +14,7 @@ from reverie_hidream.checkpoint import resolve_checkpoint
 from reverie_sampler.engine import PARTS, SamplerEngine, load_engine
 from reverie_sampler.metrics import MODEL_LOAD_SECONDS
 from reverie_sampler.pictures import Pictures
+from reverie_sampler.scores import Scores
 from reverie_sampler.servicer import SamplerServicer
 from reverie_sampler.settings import SamplerSettings
 from reverie_sampler.texts import Texts
@@ -70,6 +71,12 @@ class SamplerService:
             store=self._store,
             texts=texts,
             vae=VaeServiceStub(self._channel(settings.vae)),
+            scores=Scores(
+                location=settings.clip_model,
+                device=settings.clip_device,
+                cache_dir=settings.cache_dir,
+                store=self._store,
+            ),
             max_waiting=settings.max_waiting,
             patience_seconds=settings.patience_seconds,
         )
@@ -94,6 +101,7 @@ def load_sampler_engine(settings: SamplerSettings, store: ObjectStore) -> Sample
         precision=settings.precision,
         num_threads=settings.num_threads,
         max_adapters=settings.max_adapters,
+        compile_backend=settings.compile_backend,
     )
     MODEL_LOAD_SECONDS.set(seconds)
     return engine

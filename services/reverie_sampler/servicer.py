@@ -10,7 +10,8 @@ from reverie.sampling.v1.sampling_pb2_grpc import SamplingServiceServicer
 from reverie_common.errors import UnavailableError
 from reverie_common.storage import ObjectStore
 
-from reverie_sampler.pictures import Picture, Pictures, Progress
+from reverie_sampler.pictures import Answer, Notice, Picture, Pictures, Progress
+from reverie_sampler.previews import Preview
 from reverie_sampler.requests import SampleOrder, SizeRule, checked_order
 
 DOWNLOAD_EXPIRY = timedelta(hours=1)
@@ -47,13 +48,16 @@ class SamplerServicer(SamplingServiceServicer):
     ) -> sampling_pb2.DescribeSamplerResponse:
         """See the proto."""
         del request, context
-        engine = self._pictures().engine
+        pictures = self._pictures()
+        engine = pictures.engine
         return sampling_pb2.DescribeSamplerResponse(
             fingerprint=engine.facts.fingerprint,
             precision=engine.facts.precision,
             device=engine.facts.device,
             max_pixels=engine.facts.max_pixels,
             adapter_sha256s=engine.adapter_sha256s,
+            clip_model=pictures.clip_model,
+            has_previews=await pictures.has_previews(),
         )
 
     def _download_url(self, uri: str) -> str:
@@ -65,18 +69,36 @@ class SamplerServicer(SamplingServiceServicer):
         return self._loaded
 
 
-def _to_proto(
-    answer: Progress | Picture, order: SampleOrder, download_url: Callable[[str], str]
-) -> sampling_pb2.SampleResponse:
+def _to_proto(answer: Answer, order: SampleOrder, download_url: Callable[[str], str]) -> sampling_pb2.SampleResponse:
+    if isinstance(answer, Picture):
+        return sampling_pb2.SampleResponse(image=_image(answer, order, download_url))
     if isinstance(answer, Progress):
         progress = sampling_pb2.SamplingProgress(step=answer.step, num_steps=answer.num_steps)
         return sampling_pb2.SampleResponse(progress=progress)
-    image = sampling_pb2.SampledImage(
+    if isinstance(answer, Notice):
+        notice = sampling_pb2.SamplingNotice(reason=answer.reason, message=answer.message)
+        return sampling_pb2.SampleResponse(notice=notice)
+    return sampling_pb2.SampleResponse(preview=_preview(answer, download_url))
+
+
+def _image(answer: Picture, order: SampleOrder, download_url: Callable[[str], str]) -> sampling_pb2.SampledImage:
+    return sampling_pb2.SampledImage(
         image_index=answer.index,
         image=answer.image,
         width=order.width,
         height=order.height,
         seed=answer.seed,
         download_url=download_url(answer.image.uri),
+        clip_score=answer.clip_score,
     )
-    return sampling_pb2.SampleResponse(image=image)
+
+
+def _preview(answer: Preview, download_url: Callable[[str], str]) -> sampling_pb2.SamplingPreview:
+    return sampling_pb2.SamplingPreview(
+        image_index=answer.index,
+        step=answer.step,
+        num_steps=answer.num_steps,
+        timestep=answer.timestep,
+        image=answer.image,
+        download_url=download_url(answer.image.uri),
+    )

@@ -41,6 +41,16 @@ class SamplerSettings(ServerSettings, StoreSettings):
     precision: str = "no_change"
     """How the transformer's weights are held: a name of docs/quantisation.md."""
 
+    compile_backend: str = "inductor"
+    """Backend of torch.compile for requests that ask for it; `inductor` needs a C++ compiler, on a GPU Triton too."""
+
+    clip_model: str = ""
+    """CLIP model of scores: a directory, an s3:// prefix or a Hub id, with safetensors; loaded with the first score.
+    Empty: no scores."""
+
+    clip_device: str = "cpu"
+    """torch device of the CLIP model."""
+
     num_threads: int = Field(default=1, ge=1)
     """torch threads on the CPU."""
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from reverie_hidream.conditioning import TextConditioning
 from reverie_hidream.transformer import predict_velocity
@@ -28,8 +27,8 @@ class CompiledPrediction:
         Args:
             backend: of torch.compile; `inductor` needs a C++ compiler on a CPU and Triton on a GPU.
         """
-        # Each size is compiled for itself: a job draws few sizes, and shapes that are not known cost speed.
-        self._compiled = torch.compile(predict_velocity, backend=backend, dynamic=False)
+        self._backend = backend
+        self._compiled: Callable[..., torch.Tensor] | None = None
         self._problem: str | None = None
 
     @property
@@ -46,6 +45,9 @@ class CompiledPrediction:
     ) -> torch.Tensor:
         """See `predict_velocity`. The first call of a size takes seconds to minutes."""
         if self._problem is None:
+            # A second of import that a service which compiles nothing does not pay for.
+            from torch._dynamo.exc import TorchDynamoException
+
             try:
                 return self._compute(transformer, latents, timesteps, conditioning)
             except TorchDynamoException as error:
@@ -54,9 +56,11 @@ class CompiledPrediction:
         return predict_velocity(transformer, latents, timesteps, conditioning)
 
     def _compute(self, *arguments: Any) -> torch.Tensor:
+        if self._compiled is None:
+            # Each size is compiled for itself: a job draws few sizes, and shapes that are not known cost speed.
+            self._compiled = torch.compile(predict_velocity, backend=self._backend, dynamic=False)
         with warnings.catch_warnings():
             # It traces through our cache of attention plans, whose values depend on their keys alone.
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
             warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
-            velocity: torch.Tensor = self._compiled(*arguments)
-        return velocity
+            return self._compiled(*arguments)

@@ -14,13 +14,11 @@ from typing import Any
 
 import diffusers
 import torch
+from reverie_common.sampling_methods import SCHEDULERS
 
 from reverie_hidream.conditioning import TextConditioning, join
 from reverie_hidream.flow import automatic_mu
 from reverie_hidream.transformer import VAE_SCALE, check_image_size, predict_velocity
-
-SCHEDULERS = ("unipc", "euler", "flash")
-"""Sampling methods that can be asked for by name besides the checkpoint's own (spec 7.2)."""
 
 DEFAULT_SHIFT = 3.0
 _FLOW_UNIPC: Mapping[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

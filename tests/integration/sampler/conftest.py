@@ -44,8 +44,8 @@ class Stack:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tiny_checkpoint: Path, module_s3_store: S3Store) -> AsyncIterator[Stack]:
-    """Two encoder services, a VAE and a sampler."""
+async def stack(tiny_checkpoint: Path, module_s3_store: S3Store, tiny_clip: Path) -> AsyncIterator[Stack]:
+    """Two encoder services, a VAE and a sampler with a CLIP model."""
     common: dict[str, Any] = {
         "checkpoint": str(tiny_checkpoint),
         "dtype": "float32",
@@ -61,7 +61,14 @@ async def stack(tiny_checkpoint: Path, module_s3_store: S3Store) -> AsyncIterato
         Server([vae.served], VaeSettings(**common), load=vae.load, stop=vae.close) as vae_server,
     ):
         targets = (clip_server.target, other_server.target)
-        settings = SamplerSettings(**common, encoders=targets, vae=vae_server.target, max_adapters=2)
+        settings = SamplerSettings(
+            **common,
+            encoders=targets,
+            vae=vae_server.target,
+            max_adapters=2,
+            clip_model=str(tiny_clip),
+            compile_backend="eager",
+        )
         sampler = SamplerService(settings, module_s3_store)
         async with (
             Server([sampler.served], settings, load=sampler.load, stop=sampler.close) as server,
@@ -82,6 +89,9 @@ class Answer:
 
     steps: list[tuple[int, int]]
     images: list[sampling_pb2.SampledImage]
+    previews: list[sampling_pb2.SamplingPreview]
+    notices: list[str]
+    """Reasons."""
 
 
 Sample = Callable[..., Awaitable[Answer]]
@@ -104,6 +114,8 @@ def sample() -> Sample:
         return Answer(
             steps=[(one.progress.step, one.progress.num_steps) for one in answers if one.HasField("progress")],
             images=[one.image for one in answers if one.HasField("image")],
+            previews=[one.preview for one in answers if one.HasField("preview")],
+            notices=[one.notice.reason for one in answers if one.HasField("notice")],
         )
 
     return ask
