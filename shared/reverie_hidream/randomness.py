@@ -7,9 +7,11 @@ Streams in use, each named for what it decides:
 
 | stream      | step                    | position                       | decides                                     |
 |-------------|-------------------------|--------------------------------|---------------------------------------------|
-| `order`     | epoch                   | 0                              | order of the samples in an epoch            |
-| `buckets`   | epoch                   | 0                              | order of the batches in an epoch            |
+| `order`     | epoch                   | pass and group of samples      | order of the samples in a pass              |
+| `buckets`   | epoch                   | dataset                        | order of a dataset's batches in an epoch    |
+| `datasets`  | epoch                   | 0                              | which dataset gives each batch of an epoch  |
 | `caption`   | micro-step              | sample in the global batch     | which of several captions                   |
+| `parts`     | micro-step              | sample in the global batch     | the order of the caption's parts            |
 | `dropout`   | micro-step              | sample in the global batch     | whether the caption becomes the empty one   |
 | `timestep`  | micro-step              | sample in the global batch     | the noise level                             |
 | `noise`     | micro-step              | sample in the global batch     | the noise                                   |

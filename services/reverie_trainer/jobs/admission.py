@@ -1,6 +1,5 @@
 """Whether a job is accepted: everything that is wrong with it at once, with what was learnt on the way."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from dataclasses import dataclass
 from reverie_common.errors import FieldViolation, InvalidArgumentError
 
 from reverie_trainer.jobs.adapter_selection import AdapterSelection, TransformerConfig, select_adapter
-from reverie_trainer.jobs.buckets import EMPTY_REMEDY, Bucket, describe_empty, minimum_repeats
+from reverie_trainer.jobs.buckets import Bucket, step_range
 from reverie_trainer.jobs.checks import check_spec, picture_size
+from reverie_trainer.jobs.dataset_checks import check_contents
 from reverie_trainer.jobs.datasets import Datasets
+from reverie_trainer.jobs.geometry import square_edge
 from reverie_trainer.jobs.manifests import Manifest
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter
-
-_MAX_NAMED_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
     versions = await datasets.versions(choice.dataset for choice in spec.datasets)
     manifests = {name: await datasets.load(name, version) for name, version in versions.items()}
     known = await datasets.names() if len(versions) < len({item.dataset for item in spec.datasets}) else []
-    violations += _check_datasets(spec, manifests, known)
+    violations += check_contents(spec, manifests, known)
     selection = None
     if isinstance(spec.adapter, LokrAdapter) and not any(item.field.startswith("adapter") for item in violations):
         selection = select_adapter(config, spec.adapter)
@@ -57,66 +56,6 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
     return Admission(
         spec=spec, violations=tuple(violations), manifests=manifests, versions=versions, selection=selection
     )
-
-
-def captions_of(captions: Sequence[str], choice: DatasetChoice) -> tuple[str, ...]:
-    """Return the captions that a sample is trained with: its own, else the job's instance_prompt, else none."""
-    if captions:
-        return tuple(captions)
-    return (choice.instance_prompt,) if choice.instance_prompt is not None else ()
-
-
-def _check_datasets(spec: JobSpec, manifests: Mapping[str, Manifest], known: Sequence[str]) -> list[FieldViolation]:
-    violations = []
-    for index, choice in enumerate(spec.datasets):
-        path = f"datasets[{index}]"
-        manifest = manifests.get(choice.dataset)
-        if manifest is None:
-            if choice.dataset:
-                violations.append(_unknown_dataset(f"{path}.dataset", choice.dataset, known))
-            continue
-        if not manifest.samples:
-            description = f"{describe_empty(choice.dataset, 0)}. {EMPTY_REMEDY}"
-            violations.append(FieldViolation(field=f"{path}.dataset", description=description))
-            continue
-        violations += _check_captions(path, choice, manifest)
-        violations += _check_size(path, choice, manifest, spec)
-    return violations
-
-
-def _unknown_dataset(path: str, name: str, known: Sequence[str]) -> FieldViolation:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else "create it first (`reverie dataset create NAME`)"
-    return FieldViolation(field=path, description=f"there is no dataset {name[:80]!r}; {hint}")
-
-
-def _check_captions(path: str, choice: DatasetChoice, manifest: Manifest) -> list[FieldViolation]:
-    missing = [sample.name for sample in manifest.samples if not captions_of(sample.captions, choice)]
-    if not missing:
-        return []
-    shown = ", ".join(repr(name) for name in missing[:_MAX_NAMED_SAMPLES])
-    more = f" and {len(missing) - _MAX_NAMED_SAMPLES} more" if len(missing) > _MAX_NAMED_SAMPLES else ""
-    description = (
-        f"{len(missing)} of {len(manifest.samples)} samples of {choice.dataset!r} have no caption: {shown}{more}; "
-        "add a .txt file beside each image, or set instance_prompt"
-    )
-    return [FieldViolation(field=f"{path}.instance_prompt", description=description)]
-
-
-def _check_size(path: str, choice: DatasetChoice, manifest: Manifest, spec: JobSpec) -> list[FieldViolation]:
-    """Refuse what cannot fill one step whatever the buckets; the buckets themselves are known after preparation."""
-    effective = spec.optimization.effective_batch
-    num_images = len(manifest.samples)
-    num_samples = num_images * (choice.repeats + 1)
-    if effective < 1 or num_samples >= effective:
-        return []
-    description = (
-        f"dataset {choice.dataset!r} has {num_images} images and {choice.repeats} repeats = {num_samples} samples, one "
-        f"step takes {effective} (batch_size {spec.optimization.batch_size} x gradient_accumulation_steps "
-        f"{spec.optimization.gradient_accumulation_steps}): zero usable batches. "
-        f"Minimum repeats required: {minimum_repeats(num_images, effective)}; or lower the batch, or add images"
-    )
-    return [FieldViolation(field=f"{path}.repeats", description=description)]
 
 
 def _check_selection(selection: AdapterSelection, adapter: LokrAdapter) -> list[FieldViolation]:
@@ -150,11 +89,11 @@ def warnings_of(admission: Admission, config: TransformerConfig) -> list[tuple[s
     """Return what is not as it was asked for although the job is accepted: (reason, message) for notices."""
     warnings = []
     for choice in admission.spec.datasets:
-        if choice.resolution**2 > config.max_pixels:
+        if square_edge(choice.resolution, choice.resolution_type) ** 2 > config.max_pixels:
             warnings.append(
                 (
                     "RESOLUTION_ABOVE_CANVAS",
-                    f"dataset {choice.dataset}: resolution {choice.resolution} is above this model's canvas of "
+                    f"dataset {choice.dataset}: resolution {choice.resolution:g} is above this model's canvas of "
                     f"{config.max_pixels} pixels; buckets are made to fit",
                 )
             )
@@ -166,13 +105,7 @@ def warnings_of(admission: Admission, config: TransformerConfig) -> list[tuple[s
 
 def describe_plan(admission: Admission, config: TransformerConfig, buckets: Sequence[Bucket] | None) -> list[str]:
     """Return the plan of a job that is accepted, a line for each part; buckets are None where not known yet."""
-    lines = []
-    for choice in admission.spec.datasets:
-        num_images = len(admission.manifests[choice.dataset].samples)
-        lines.append(
-            f"dataset {choice.dataset}: {num_images} images x {choice.repeats + 1} passes, resolution "
-            f"{choice.resolution} ({choice.resolution_type}), {'square crops' if choice.crop else 'aspect buckets'}"
-        )
+    lines = [_describe_dataset(admission, choice) for choice in admission.spec.datasets]
     if buckets is None:
         lines.append("buckets: planned when the images have been opened")
     else:
@@ -181,11 +114,27 @@ def describe_plan(admission: Admission, config: TransformerConfig, buckets: Sequ
     return lines + [f"WARNING: {message}" for _, message in warnings_of(admission, config)]
 
 
+def _describe_dataset(admission: Admission, choice: DatasetChoice) -> str:
+    num_images = len(admission.manifests[choice.dataset].samples)
+    if choice.max_num_samples:
+        num_images = min(num_images, choice.max_num_samples)
+    crops = f"{choice.crop_aspect} crops" if choice.crop else "aspect buckets"
+    text = (
+        f"dataset {choice.dataset}: {num_images} images x {choice.repeats + 1} passes, resolution "
+        f"{choice.resolution:g} ({choice.resolution_type}), {crops}"
+    )
+    if choice.role != "train":
+        text += f", {choice.role}"
+    steps = str(step_range(choice))
+    return text if steps == "all" else f"{text}, steps {steps}"
+
+
 def _describe_training(admission: Admission) -> list[str]:
     lines = []
     optimization = admission.spec.optimization
+    length = f"{optimization.max_steps} steps" if optimization.max_steps else f"{optimization.num_epochs} epochs"
     lines.append(
-        f"{optimization.max_steps} steps of {optimization.effective_batch} samples, {optimization.optimizer} at "
+        f"{length} of {optimization.effective_batch} samples, {optimization.optimizer} at "
         f"{optimization.learning_rate:g}"
     )
     if admission.selection is not None:

@@ -17,6 +17,13 @@ class Sample:
     name: str
     image: common_pb2.ObjectRef
     captions: tuple[str, ...]
+    mask: common_pb2.ObjectRef | None = None
+    """Which parts of the image count; None is all of them."""
+
+    @property
+    def files(self) -> tuple[common_pb2.ObjectRef, ...]:
+        """The image and, where there is one, its mask."""
+        return (self.image,) if self.mask is None else (self.image, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +40,8 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the image files."""
-        return sum(sample.image.size_bytes for sample in self.samples)
+        """Bytes of the image files, masks included."""
+        return sum(file.size_bytes for sample in self.samples for file in sample.files)
 
 
 def manifest_body(manifest: Manifest) -> bytes:
@@ -58,7 +65,8 @@ def delete_contents(store: ObjectStore, name: str) -> None:
     own, shared = set[str](), set[str]()
     versions = []
     for info in store.list(everything):
-        digests = {sample.image.sha256 for sample in parse_manifest(store.get(info.key)).samples}
+        samples = parse_manifest(store.get(info.key)).samples
+        digests = {file.sha256 for sample in samples for file in sample.files}
         if info.key.startswith(prefix):
             own |= digests
             versions.append(info.key)
@@ -75,18 +83,30 @@ def _prefix(name: str) -> str:
 
 
 def _sample_to_json(sample: Sample) -> dict[str, Any]:
-    image = sample.image
-    return {
+    record: dict[str, Any] = {
         "name": sample.name,
-        "image": {
-            "uri": image.uri,
-            "size_bytes": image.size_bytes,
-            "sha256": image.sha256,
-            "media_type": image.media_type,
-        },
+        "image": _file_to_json(sample.image),
         "captions": list(sample.captions),
+    }
+    # Only where there is one, so that versions from before there were masks keep their digests.
+    if sample.mask is not None:
+        record["mask"] = _file_to_json(sample.mask)
+    return record
+
+
+def _file_to_json(file: common_pb2.ObjectRef) -> dict[str, Any]:
+    return {
+        "uri": file.uri,
+        "size_bytes": file.size_bytes,
+        "sha256": file.sha256,
+        "media_type": file.media_type,
     }
 
 
 def _sample_from_json(item: Mapping[str, Any]) -> Sample:
-    return Sample(name=item["name"], image=common_pb2.ObjectRef(**item["image"]), captions=tuple(item["captions"]))
+    return Sample(
+        name=item["name"],
+        image=common_pb2.ObjectRef(**item["image"]),
+        captions=tuple(item["captions"]),
+        mask=common_pb2.ObjectRef(**item["mask"]) if "mask" in item else None,
+    )

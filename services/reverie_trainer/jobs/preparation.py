@@ -13,21 +13,21 @@ from reverie.training.v1 import job_pb2
 from reverie.vae.v1 import vae_pb2
 from reverie_common.storage import ObjectStore
 
-from reverie_trainer.jobs.admission import captions_of
 from reverie_trainer.jobs.buckets import (
     EMPTY_REMEDY,
+    EVALUATION,
     UNDERFILLED_REMEDY,
     Bucket,
-    Geometry,
-    ImagePlan,
-    ImageSize,
     count_buckets,
     describe_empty,
     describe_underfilled,
-    plan_images,
+    scheduled_buckets,
+    with_max_steps,
 )
+from reverie_trainer.jobs.captions import caption_orders, captions_of
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.geometry import ImagePlan, ImageSize, LeftOut, plan_choice
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.patience import Notice, Patience, ask_in_chunks, both, patiently
@@ -72,6 +72,8 @@ class PreparationResult:
 
     manifest: common_pb2.ObjectRef
     report: job_pb2.PreparationReport
+    max_steps: int
+    """Optimiser steps of the job, whether it was given in steps or in epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,7 @@ class _Candidate:
     size: tuple[int, int] | None = None
     plan: ImagePlan | None = None
     latents: common_pb2.TensorRef | None = None
+    mask: common_pb2.TensorRef | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,11 +97,9 @@ class _Rejections:
     items: list[job_pb2.RejectedSample] = field(default_factory=list)
     by_choice: dict[int, int] = field(default_factory=dict)
 
-    def add(self, candidate: _Candidate, dataset: str, rejection: vae_pb2.ImageRejection) -> None:
+    def add(self, candidate: _Candidate, dataset: str, message: str) -> None:
         self.by_choice[candidate.choice] = self.by_choice.get(candidate.choice, 0) + 1
-        self.items.append(
-            job_pb2.RejectedSample(dataset=dataset, sample=candidate.sample.name, message=rejection.message)
-        )
+        self.items.append(job_pb2.RejectedSample(dataset=dataset, sample=candidate.sample.name, message=message))
 
     def of(self, dataset: str) -> list[job_pb2.RejectedSample]:
         return [item for item in self.items if item.dataset == dataset]
@@ -157,7 +158,13 @@ class _Preparation:
             prepared = await self._prepare_anew(encoders)
             manifest = await self._in_store(lambda: save_prepared(self._store, digest, prepared))
         require_batches(self._spec, manifest.buckets)
-        return PreparationResult(manifest=manifest.reference, report=manifest.report)
+        report = job_pb2.PreparationReport()
+        report.CopyFrom(manifest.report)
+        # A manifest is shared by jobs of other batches, which oversubscription fills otherwise.
+        scheduled = scheduled_buckets(manifest.buckets, self._spec)
+        report.samples_per_epoch = sum(bucket.num_samples for bucket in scheduled)
+        max_steps = with_max_steps(self._spec, manifest.buckets).optimization.max_steps
+        return PreparationResult(manifest=manifest.reference, report=report, max_steps=max_steps)
 
     async def _prepare_anew(self, encoders: EncoderPlan) -> Prepared:
         inspected = await self._inspect(await self._load_candidates())
@@ -167,12 +174,13 @@ class _Preparation:
         prompts = sorted({"", *(caption for item in planned for caption in item.captions)})
         encoded, usable = await both(
             encode_prompts(prompts, encoders, self._progress("encode_prompts", len(prompts))),
-            self._encode_images(planned),
+            self._encode_pictures(planned),
         )
         self._require_images(usable)
         report = self._report(usable, encoded)
         await self._tell_losses(report, encoded)
         return Prepared(
+            choices=self._spec.datasets,
             samples=tuple(_prepared_sample(item, self._spec.datasets[item.choice]) for item in usable),
             embeddings=encoded.embeddings,
             buckets=tuple(_buckets_of(self._spec, usable)),
@@ -188,7 +196,7 @@ class _Preparation:
                 self._store_patience,
             )
             candidates += [
-                _Candidate(choice=index, sample=sample, captions=captions_of(sample.captions, choice))
+                _Candidate(choice=index, sample=sample, captions=captions_of(sample, choice))
                 for sample in manifest.samples
             ]
         return candidates
@@ -199,7 +207,7 @@ class _Preparation:
 
         async def on_inspected(index: int, response: vae_pb2.InspectImagesResponse) -> None:
             if response.HasField("rejection"):
-                self._reject(candidates[index], response.rejection)
+                self._reject(candidates[index], response.rejection.message)
             else:
                 sizes[index] = (response.image.width, response.image.height)
             await progress.advance()
@@ -213,10 +221,16 @@ class _Preparation:
         planned = []
         for index, choice in enumerate(self._spec.datasets):
             own = [item for item in candidates if item.choice == index]
-            sizes = [_image_size(item) for item in own]
-            plans = plan_images(sizes, geometry_of(choice, self._preparer.max_pixels, self._spec.seed))
-            planned += [replace(item, plan=plan) for item, plan in zip(own, plans, strict=True)]
+            plans = plan_choice([_image_size(item) for item in own], choice, self._spec, self._preparer.max_pixels)
+            for item, plan in zip(own, plans, strict=True):
+                if isinstance(plan, ImagePlan):
+                    planned.append(replace(item, plan=plan))
+                elif isinstance(plan, LeftOut):
+                    self._reject(item, plan.message)
         return planned
+
+    async def _encode_pictures(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        return await self._encode_masks(await self._encode_images(candidates))
 
     async def _encode_images(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         latents: dict[int, common_pb2.TensorRef] = {}
@@ -224,25 +238,62 @@ class _Preparation:
 
         async def on_encoded(index: int, response: vae_pb2.EncodeImagesResponse) -> None:
             if response.HasField("rejection"):
-                self._reject(candidates[index], response.rejection)
+                self._reject(candidates[index], response.rejection.message)
             else:
                 latents[index] = response.moments.tensor
+                self._num_images_cached += response.cached and not self._is_evaluation(candidates[index])
             await progress.advance(cached=response.cached)
 
         await progress.begin()
         await ask_in_chunks(
-            [_planned_image(item) for item in candidates],
+            [_planned_image(item, item.sample.image) for item in candidates],
             self._services.vae.encode,
             on_encoded,
             patience=self._vae_patience,
             chunk_size=_IMAGE_CHUNK,
             num_parallel=_IMAGE_PARALLEL,
         )
-        self._num_images_cached = progress.num_cached
         return [replace(item, latents=latents[index]) for index, item in enumerate(candidates) if index in latents]
 
-    def _reject(self, candidate: _Candidate, rejection: vae_pb2.ImageRejection) -> None:
-        self._rejections.add(candidate, self._spec.datasets[candidate.choice].dataset, rejection)
+    async def _encode_masks(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Return the candidates with their masks; one whose mask cannot be used is left out."""
+        files = {index: item.sample.mask for index, item in enumerate(candidates) if self._needs_mask(item)}
+        masks: dict[int, common_pb2.TensorRef] = {}
+        order = list(files)
+        if not order:
+            return list(candidates)
+        progress = self._progress("encode_masks", len(order))
+
+        async def on_encoded(position: int, response: vae_pb2.EncodeMasksResponse) -> None:
+            if response.HasField("rejection"):
+                self._reject(candidates[order[position]], f"its mask: {response.rejection.message}")
+            else:
+                masks[order[position]] = response.mask
+            await progress.advance(cached=response.cached)
+
+        await progress.begin()
+        await ask_in_chunks(
+            [_planned_image(candidates[index], files[index]) for index in order],
+            self._services.vae.encode_masks,
+            on_encoded,
+            patience=self._vae_patience,
+            chunk_size=_IMAGE_CHUNK,
+            num_parallel=_IMAGE_PARALLEL,
+        )
+        return [
+            replace(item, mask=masks.get(index))
+            for index, item in enumerate(candidates)
+            if index not in files or index in masks
+        ]
+
+    def _needs_mask(self, candidate: _Candidate) -> bool:
+        return self._spec.datasets[candidate.choice].mask_type != "none" and candidate.sample.mask is not None
+
+    def _is_evaluation(self, candidate: _Candidate) -> bool:
+        return self._spec.datasets[candidate.choice].role == EVALUATION
+
+    def _reject(self, candidate: _Candidate, message: str) -> None:
+        self._rejections.add(candidate, self._spec.datasets[candidate.choice].dataset, message)
 
     def _require_images(self, candidates: Sequence[_Candidate]) -> None:
         """Refuse a dataset of which nothing is left, with what was wrong with its first images by name."""
@@ -260,14 +311,13 @@ class _Preparation:
         truncated = [message for item in candidates for message in self._truncations(item, encoded)]
         buckets = _buckets_of(self._spec, candidates)
         return job_pb2.PreparationReport(
-            num_images=len(candidates),
+            num_images=sum(not self._is_evaluation(item) for item in candidates),
             num_images_cached=self._num_images_cached,
             num_prompts=len(encoded.embeddings),
             num_prompts_cached=encoded.num_cached,
             rejected=rejected[:MAX_REJECTED],
             buckets=bucket_reports(buckets),
             truncated=truncated[:MAX_TRUNCATED],
-            samples_per_epoch=sum(bucket.num_samples for bucket in buckets),
         )
 
     def _truncations(self, candidate: _Candidate, encoded: EncodedPrompts) -> list[job_pb2.TruncatedCaption]:
@@ -309,26 +359,13 @@ class _Preparation:
         return await patiently(lambda: asyncio.to_thread(work), self._store_patience)
 
 
-def geometry_of(choice: DatasetChoice, max_pixels: int, seed: int) -> Geometry:
-    """Return how a dataset's images are brought to size on a canvas of `max_pixels`."""
-    return Geometry(
-        resolution=int(choice.resolution),
-        resolution_type=choice.resolution_type,
-        crop=choice.crop,
-        crop_style=choice.crop_style,
-        max_pixels=max_pixels,
-        seed=seed,
-    )
-
-
 def require_batches(spec: JobSpec, buckets: Sequence[Bucket]) -> None:
     """Refuse a job of which a bucket cannot fill one optimiser step (spec 6.6).
 
     Raises:
         JobFailedError: with a table of the buckets that fail.
     """
-    optimization = spec.optimization
-    message = describe_underfilled(buckets, optimization.batch_size, optimization.gradient_accumulation_steps)
+    message = describe_underfilled(buckets, spec)
     if message is not None:
         raise JobFailedError("ZERO_USABLE_BATCHES", message, UNDERFILLED_REMEDY)
 
@@ -337,7 +374,7 @@ def _buckets_of(spec: JobSpec, candidates: Sequence[_Candidate]) -> list[Bucket]
     buckets = []
     for index, choice in enumerate(spec.datasets):
         plans = [item.plan for item in candidates if item.choice == index and item.plan is not None]
-        buckets += count_buckets(choice.dataset, choice.repeats, [(plan.width, plan.height) for plan in plans])
+        buckets += count_buckets(index, choice, [(plan.width, plan.height) for plan in plans])
     return buckets
 
 
@@ -347,10 +384,10 @@ def _image_size(candidate: _Candidate) -> ImageSize:
     return ImageSize(key=candidate.sample.image.sha256, width=candidate.size[0], height=candidate.size[1])
 
 
-def _planned_image(candidate: _Candidate) -> PlannedImage:
-    if candidate.plan is None:
+def _planned_image(candidate: _Candidate, file: common_pb2.ObjectRef | None) -> PlannedImage:
+    if candidate.plan is None or file is None:
         raise AssertionError(f"{candidate.sample.name} was encoded before it was planned")
-    return PlannedImage(image=candidate.sample.image, plan=candidate.plan)
+    return PlannedImage(image=file, plan=candidate.plan)
 
 
 def _prepared_sample(candidate: _Candidate, choice: DatasetChoice) -> PreparedSample:
@@ -358,12 +395,12 @@ def _prepared_sample(candidate: _Candidate, choice: DatasetChoice) -> PreparedSa
     if plan is None or latents is None:
         raise AssertionError(f"{candidate.sample.name} is not encoded")
     return PreparedSample(
-        dataset=choice.dataset,
+        source=candidate.choice,
         name=candidate.sample.name,
         width=plan.width,
         height=plan.height,
-        repeats=choice.repeats,
         image_sha256=candidate.sample.image.sha256,
         latents=latents,
-        captions=candidate.captions,
+        captions=caption_orders(candidate.sample, choice),
+        mask=candidate.mask,
     )

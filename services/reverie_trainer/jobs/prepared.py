@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -12,31 +12,37 @@ from reverie_common.errors import ObjectNotFoundError
 from reverie_common.storage import JSON_MEDIA_TYPE, ObjectStore, put_object
 from reverie_common.storage.keys import content_digest, prepared_key
 
-from reverie_trainer.jobs.buckets import Bucket
+from reverie_trainer.jobs.buckets import Bucket, trained
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec
 
+FORMAT = 2
+"""Of the manifest; the worker reads no other."""
+
 # Raised when the same inputs would give another manifest: the crop rules, for instance.
-_CODE_VERSION = 1
+_CODE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSample:
-    """One image that a worker trains on."""
+    """One image that a worker trains on, or measures."""
 
-    dataset: str
+    source: int
+    """Index in the job's datasets."""
     name: str
     width: int
     height: int
-    repeats: int
     image_sha256: str
     latents: common_pb2.TensorRef
-    captions: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    """Alternatives, each in all orders of its parts that it may be shown in."""
+    mask: common_pb2.TensorRef | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
     """Everything that a worker reads."""
 
+    choices: tuple[DatasetChoice, ...]
     samples: tuple[PreparedSample, ...]
     embeddings: Mapping[str, Mapping[str, common_pb2.TensorRef]]
     """By prompt, the empty one included, and by name of the encoder."""
@@ -63,16 +69,16 @@ def prepared_digest(
     max_pixels: int,
 ) -> str:
     """Return the digest over everything that prepared samples depend on."""
-    is_random = any(choice.crop_style == "random" for choice in spec.datasets)
     return content_digest(
         {
             "code_version": _CODE_VERSION,
             "datasets": [_choice_record(choice, dataset_versions[choice.dataset]) for choice in spec.datasets],
+            "rounding": spec.aspect_bucket_rounding,
             "encoders": dict(encoder_fingerprints),
             "vae": vae_fingerprint,
             "max_pixels": max_pixels,
-            # Only random crops depend on the seed; other jobs share whatever their seeds are.
-            "seed": spec.seed if is_random else None,
+            # Only where something is drawn; other jobs share whatever their seeds are.
+            "seed": spec.seed if any(_depends_on_seed(choice) for choice in spec.datasets) else None,
         }
     )
 
@@ -101,17 +107,13 @@ def load_prepared(store: ObjectStore, digest: str) -> StoredManifest | None:
     )
 
 
+def _depends_on_seed(choice: DatasetChoice) -> bool:
+    return choice.crop_style == "random" or choice.crop_aspect == "random" or choice.max_num_samples > 0
+
+
 def _choice_record(choice: DatasetChoice, version: str) -> dict[str, Any]:
-    return {
-        "dataset": choice.dataset,
-        "version": version,
-        "repeats": choice.repeats,
-        "resolution": choice.resolution,
-        "resolution_type": choice.resolution_type,
-        "crop": choice.crop,
-        "crop_style": choice.crop_style,
-        "instance_prompt": choice.instance_prompt,
-    }
+    """Everything that is said of a dataset, its weight and steps included: the manifest carries them to the worker."""
+    return {"version": version, **asdict(choice)}
 
 
 def _body(prepared: Prepared) -> bytes:
@@ -124,36 +126,46 @@ def _body(prepared: Prepared) -> bytes:
         for prompt, by_encoder in prepared.embeddings.items()
     }
     record = {
-        "format": 1,
+        "format": FORMAT,
+        "datasets": [_source_record(choice) for choice in prepared.choices],
         "samples": [_sample_record(sample, references) for sample in prepared.samples],
-        "empty_caption": {"embeddings": references[""]},
-        "buckets": [_bucket_record(bucket) for bucket in prepared.buckets],
+        "empty_caption": _caption_record("", references),
+        "buckets": [asdict(bucket) for bucket in prepared.buckets],
         "report": _to_json(report),
     }
     return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def _source_record(choice: DatasetChoice) -> dict[str, Any]:
+    """What a worker needs to know of one entry of the job's datasets."""
+    names = (
+        "dataset",
+        "role",
+        "repeats",
+        "probability",
+        "start_step",
+        "end_step",
+        "timestep_sampling_offset",
+        "mask_type",
+    )
+    return {name: getattr(choice, name) for name in names}
+
+
 def _sample_record(sample: PreparedSample, references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "dataset": sample.dataset,
+    record = {
+        "source": sample.source,
         "name": sample.name,
         "width": sample.width,
         "height": sample.height,
-        "repeats": sample.repeats,
         "image_sha256": sample.image_sha256,
         "latents": _to_json(sample.latents),
-        "captions": [{"text": caption, "embeddings": references[caption]} for caption in sample.captions],
+        "captions": [[_caption_record(text, references) for text in orders] for orders in sample.captions],
     }
+    return record if sample.mask is None else {**record, "mask": _to_json(sample.mask)}
 
 
-def _bucket_record(bucket: Bucket) -> dict[str, Any]:
-    return {
-        "dataset": bucket.dataset,
-        "repeats": bucket.repeats,
-        "width": bucket.width,
-        "height": bucket.height,
-        "num_images": bucket.num_images,
-    }
+def _caption_record(text: str, references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {"text": text, "embeddings": references[text]}
 
 
 def _to_json(message: common_pb2.TensorRef | job_pb2.PreparationReport) -> dict[str, Any]:
@@ -161,9 +173,9 @@ def _to_json(message: common_pb2.TensorRef | job_pb2.PreparationReport) -> dict[
 
 
 def bucket_reports(buckets: Sequence[Bucket]) -> list[job_pb2.BucketReport]:
-    """Return buckets as people see them: all datasets together, largest first."""
+    """Return the trained buckets as people see them: all datasets together, largest first."""
     counts: dict[tuple[int, int], int] = {}
-    for bucket in buckets:
+    for bucket in trained(buckets):
         size = (bucket.width, bucket.height)
         counts[size] = counts.get(size, 0) + bucket.num_images
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -164,7 +164,9 @@ class Reconciler:
 
     async def _finish(self, job_id: str, result: PreparationResult, seconds: float) -> None:
         await self._database.run(
-            lambda session: finish_preparation(session, job_id, result.manifest, result.report, seconds)
+            lambda session: finish_preparation(
+                session, job_id, result.manifest, result.report, seconds, result.max_steps
+            )
         )
         metrics.count_preparation(result.report)
 

@@ -157,13 +157,20 @@ def finish_preparation(
     prepared: common_pb2.ObjectRef,
     report: job_pb2.PreparationReport,
     seconds: float,
+    max_steps: int,
 ) -> bool:
-    """Keep what preparation made and move the job to TRAINING; False when it is no longer PREPARING."""
+    """Keep what preparation made and move the job to TRAINING; False when it is no longer PREPARING.
+
+    `max_steps` is filled into the spec: a job of num_epochs has none before its buckets are known.
+    """
     row = get_job(session, job_id)
     if row.state != PREPARING:
         return False
     row.prepared = prepared.SerializeToString()
     row.preparation = report.SerializeToString()
+    spec = read_spec(row)
+    spec.optimization.max_steps = max_steps
+    row.spec = spec.SerializeToString(deterministic=True)
     record = read_record(row)
     add_phase(record, "prepare", seconds)
     write_record(row, record)

@@ -9,7 +9,7 @@ from reverie.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from reverie.vae.v1 import vae_pb2, vae_pb2_grpc
 from reverie_common.rpc.channel import connect, translated
 
-from reverie_trainer.jobs.buckets import ImagePlan
+from reverie_trainer.jobs.geometry import ImagePlan
 
 ENCODER_NAMES: Mapping[int, str] = {
     encoder_pb2.ENCODER_CLIP_L: "clip_l",
@@ -89,6 +89,15 @@ class VaeClient:
         with translated():
             async for response in self._stub.EncodeImages(request, timeout=_CALL_SECONDS):
                 yield response.image_index, response
+
+    async def encode_masks(
+        self, masks: Sequence[PlannedImage]
+    ) -> AsyncGenerator[tuple[int, vae_pb2.EncodeMasksResponse], None]:
+        """Yield (index, mask or rejection) of masks, in any order."""
+        request = vae_pb2.EncodeMasksRequest(masks=[_plan_message(mask) for mask in masks])
+        with translated():
+            async for response in self._stub.EncodeMasks(request, timeout=_CALL_SECONDS):
+                yield response.mask_index, response
 
     async def close(self) -> None:
         """Close the channel."""

@@ -61,12 +61,12 @@ def _given(overrides: LokrOverrides) -> dict[str, Any]:
 
 def _resolution(data: PreparedData) -> str:
     """The commonest size, the larger one of two as common."""
-    sizes = Counter((sample.width, sample.height) for sample in data.samples)
+    sizes = Counter((sample.width, sample.height) for sample in data.trained_samples)
     (width, height), _ = max(sizes.items(), key=lambda item: (item[1], item[0][0] * item[0][1], item[0]))
     return f"{width}x{height}"
 
 
 def _tag_frequency(spec: JobSpec, data: PreparedData) -> dict[str, dict[str, int]]:
     """Images that each trigger word stands for, by dataset."""
-    images = Counter(sample.dataset for sample in data.samples)
+    images = Counter(sample.dataset for sample in data.trained_samples)
     return {dataset: dict.fromkeys(spec.trigger_words, count) for dataset, count in images.items()}

@@ -5,6 +5,7 @@ What it decides about the objective is in `reverie_hidream.training.draws`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,16 +30,19 @@ class Chance:
 
     def __post_init__(self) -> None:
         """Name the streams."""
-        names = ("caption", "dropout", "posterior")
+        names = ("caption", "dropout", "parts", "posterior")
         object.__setattr__(self, "_streams", {name: Draw(seed=self.seed, stream=name) for name in names})
 
-    def caption(self, visit: Visit, num_captions: int) -> int | None:
-        """Index of the caption to use; None is the empty one."""
+    def caption(self, visit: Visit, num_orders: Sequence[int]) -> tuple[int, int] | None:
+        """Index of the caption to use, and of the order of its parts; None is the empty one.
+
+        Args:
+            num_orders: of each caption, 1 where its parts are not shuffled.
+        """
         if self._streams["dropout"].uniform(visit.step, visit.position) < self.caption_dropout_probability:
             return None
-        if num_captions == 1:
-            return 0
-        return self._streams["caption"].integer(visit.step, visit.position, num_captions)
+        caption = self._one_of("caption", visit, len(num_orders))
+        return caption, self._one_of("parts", visit, num_orders[caption])
 
     def posterior(self, visit: Visit, image_sha256: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """Standard normal numbers that pick a latent from the posterior."""
@@ -46,3 +50,6 @@ class Chance:
             # By the image and not by its place in the manifest: other images come and go.
             return self._streams["posterior"].normal(_ONCE, int(image_sha256[:15], 16), shape)
         return self._streams["posterior"].normal(visit.step, visit.position, shape)
+
+    def _one_of(self, stream: str, visit: Visit, limit: int) -> int:
+        return 0 if limit == 1 else self._streams[stream].integer(visit.step, visit.position, limit)

@@ -14,9 +14,10 @@ import torch
 from reverie_hidream.conditioning import collate
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.training.draws import SampleDraws
+from reverie_hidream.training.evaluation import EvaluationBatch, evaluation_noise
 
 from reverie_trainer.worker.choices import Chance
-from reverie_trainer.worker.samples import Embeddings, PreparedData
+from reverie_trainer.worker.samples import Caption, PreparedData
 from reverie_trainer.worker.schedule import Schedule, Visit
 from reverie_trainer.worker.tensor_cache import TensorCache
 
@@ -44,11 +45,38 @@ class BatchMaker:
         """
         latents = torch.stack([self._latent(visit) for visit in visits])
         positions = [visit.position for visit in visits]
+        # A batch never mixes sources.
+        source = self._data.sources[self._data.samples[visits[0].sample].source]
         return Batch(
             latents=latents,
-            draws=self._draws.draw(visits[0].step, positions, tuple(latents.shape[1:])),
-            conditioning=collate([self._embeddings(visit) for visit in visits]),
+            draws=self._draws.draw(
+                visits[0].step,
+                positions,
+                tuple(latents.shape[1:]),
+                timestep_offset=source.timestep_sampling_offset,
+            ),
+            conditioning=collate([self._embeddings(self._caption(visit)) for visit in visits]),
+            masks=None if source.mask_type == "none" else self._masks(visits, latents),
+            mask_type="mask" if source.mask_type == "none" else source.mask_type,
+            is_regularisation=source.is_regularisation,
         )
+
+    def evaluation_batches(self, dataset: str, num_images: int) -> Iterator[EvaluationBatch]:
+        """Yield the first images of an evaluation dataset by name, one at a time: the same every time. Blocks.
+
+        The latent is the posterior's mean, the noise depends on the image alone, the caption is the first one.
+
+        Raises:
+            ReverieError: the store is away, or something is missing from it.
+        """
+        for index in self._data.evaluation_samples(dataset)[:num_images]:
+            sample = self._data.samples[index]
+            mean, _ = self._cache.get(sample.latents)
+            yield EvaluationBatch(
+                latents=mean[None].clone(),
+                noise=evaluation_noise(sample.image_sha256, tuple(mean.shape))[None],
+                conditioning=collate([self._embeddings(sample.captions[0][0])]),
+            )
 
     def _latent(self, visit: Visit) -> torch.Tensor:
         sample = self._data.samples[visit.sample]
@@ -56,11 +84,21 @@ class BatchMaker:
         draw = torch.from_numpy(self._chance.posterior(visit, sample.image_sha256, tuple(mean.shape)))
         return torch.addcmul(mean, deviation, draw)
 
-    def _embeddings(self, visit: Visit) -> dict[str, torch.Tensor]:
+    def _masks(self, visits: Sequence[Visit], latents: torch.Tensor) -> torch.Tensor | None:
+        """(B, 1, h, w); None where no sample of the batch has one. A sample without one counts as a whole."""
+        refs = [self._data.samples[visit.sample].mask for visit in visits]
+        if not any(refs):
+            return None
+        whole = torch.ones(1, *latents.shape[2:])
+        return torch.stack([whole if ref is None else self._cache.get(ref) for ref in refs])
+
+    def _caption(self, visit: Visit) -> Caption:
         captions = self._data.samples[visit.sample].captions
-        choice = self._chance.caption(visit, len(captions))
-        refs: Embeddings = self._data.empty_caption if choice is None else captions[choice]
-        return {name: self._cache.get(ref) for name, ref in refs.items()}
+        choice = self._chance.caption(visit, [len(orders) for orders in captions])
+        return self._data.empty_caption if choice is None else captions[choice[0]][choice[1]]
+
+    def _embeddings(self, caption: Caption) -> dict[str, torch.Tensor]:
+        return {name: self._cache.get(ref) for name, ref in caption.embeddings.items()}
 
 
 class BatchLoader:

@@ -172,10 +172,11 @@ class _Worker:
     def _train(self, job: LeasedJob, loader: ModelLoader, log: MetricsLog, pictures: Pictures) -> TrainedAdapter | None:
         """Train to the end; None if an order came first. Leaves nothing of the model in memory."""
         schedule = Schedule(
-            job.data.groups(),
+            job.data.schedule(job.spec),
             seed=job.spec.seed,
             batch_size=job.spec.optimization.batch_size,
             num_accumulated=job.spec.optimization.gradient_accumulation_steps,
+            sampling=job.spec.dataset_sampling,
         )
         cache = TensorCache(self.store, max_bytes=self.settings.cache_bytes)
         maker = BatchMaker(job.data, cache, _chance(job), _draws(job))

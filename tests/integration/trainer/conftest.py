@@ -115,6 +115,7 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
     def __init__(self, store: S3Store) -> None:
         self.store = store
         self.plans: list[vae_pb2.ImagePlan] = []
+        self.mask_plans: list[vae_pb2.ImagePlan] = []
         self.known: set[bytes] = set()
         self.num_inspected = 0
         self.may_answer = asyncio.Event()
@@ -152,6 +153,20 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
                 image_index=index, moments=vae_pb2.LatentMoments(tensor=tensor), cached=key in self.known
             )
             self.known.add(key)
+
+    async def EncodeMasks(
+        self, request: vae_pb2.EncodeMasksRequest, context: Any
+    ) -> AsyncIterator[vae_pb2.EncodeMasksResponse]:
+        """See the contract; a mask that says nothing of its size is broken."""
+        for index, plan in enumerate(request.masks):
+            self.mask_plans.append(plan)
+            if await asyncio.to_thread(self._size, plan.image) is None:
+                yield vae_pb2.EncodeMasksResponse(mask_index=index, rejection=REJECTION)
+            else:
+                mask = common_pb2.TensorRef(
+                    uri=f"s3://b/mask/{plan.image.sha256}", shape=[1, plan.height // 8, plan.width // 8]
+                )
+                yield vae_pb2.EncodeMasksResponse(mask_index=index, mask=mask)
 
     async def DecodeLatents(self, request: Any, context: Any) -> vae_pb2.DecodeLatentsResponse:
         """Nobody here asks for pictures."""

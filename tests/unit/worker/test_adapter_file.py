@@ -13,7 +13,7 @@ from reverie_trainer.jobs.spec import (
     Optimization,
 )
 from reverie_trainer.worker.adapter_file import adapter_metadata, lokr_config, lycoris_config_file
-from reverie_trainer.worker.samples import PreparedData, PreparedSample
+from reverie_trainer.worker.samples import Caption, PreparedData, PreparedSample, Source
 
 
 def _spec(**changes: object) -> JobSpec:
@@ -37,14 +37,15 @@ def _data(*sizes: tuple[str, int, int]) -> PreparedData:
             name=f"{index}",
             width=width,
             height=height,
-            repeats=0,
             image_sha256="00",
             latents=TensorRef(),
-            captions=({},),
+            captions=((Caption(text="a", embeddings={}),),),
         )
         for index, (dataset, width, height) in enumerate(sizes)
     )
-    return PreparedData(samples=samples, empty_caption={})
+    return PreparedData(
+        sources=(Source(dataset="cats"),), samples=samples, empty_caption=Caption(text="", embeddings={})
+    )
 
 
 def test_says_what_the_readers_look_for() -> None:
