@@ -1,13 +1,21 @@
 """Optimisers, gradient clipping, learning-rate schedules and gradient release of a job (spec 5.4 to 5.6).
 
-Names, defaults and settings are in `reverie_hidream.optimizer_catalogue`, which is free of torch.
+Names, defaults and settings are in `reverie_common.optimizer_catalogue`, which is free of torch.
 """
 
-from reverie_hidream.optimizer_catalogue import CATALOGUE, OptimizerOptionError, UnknownOptimizerError, find_optimizer
+from reverie_common.optimizer_catalogue import (
+    CATALOGUE,
+    CLIP_METHODS,
+    SCHEDULES,
+    OptimizerOptionError,
+    UnknownOptimizerError,
+    find_optimizer,
+)
+
 from reverie_hidream.optimizers.averaging import averaged_weights
 from reverie_hidream.optimizers.builders import build_optimizer, parameter_dtype, set_learning_rate
-from reverie_hidream.optimizers.clipping import CLIP_METHODS, clip_gradients, gradient_absmax
-from reverie_hidream.optimizers.schedules import SCHEDULES, learning_rate_at
+from reverie_hidream.optimizers.clipping import clip_gradients, gradient_absmax
+from reverie_hidream.optimizers.schedules import learning_rate_at
 from reverie_hidream.optimizers.state import load_optimizer_tensors, optimizer_tensors
 from reverie_hidream.optimizers.update import (
     AdapterUpdate,

@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-
-from reverie_hidream.optimizer_catalogue import OptionValue, find_optimizer, parse_options
+from reverie_common.optimizer_catalogue import OptionValue, find_optimizer, parse_options
 
 logger = logging.getLogger(__name__)
 

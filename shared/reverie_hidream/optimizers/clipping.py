@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-
-CLIP_METHODS = ("value", "norm")
+from reverie_common.optimizer_catalogue import CLIP_METHODS
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], method: str, limit: float) -> torch.Tensor:

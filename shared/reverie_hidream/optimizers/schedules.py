@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine")
-_CONSTANT = frozenset({"constant", "constant_with_warmup"})
+from reverie_common.optimizer_catalogue import CONSTANT_SCHEDULES, SCHEDULES
 
 
 def learning_rate_at(
@@ -46,7 +45,7 @@ def learning_rate_at(
         raise ValueError(f"step {step} is before the first, which is 1")
     if step <= warmup_steps:
         return learning_rate * step / warmup_steps
-    if schedule in _CONSTANT:
+    if schedule in CONSTANT_SCHEDULES:
         return learning_rate
     progress = min(1.0, (step - 1 - warmup_steps) / max(1, max_steps - warmup_steps))
     return end + (learning_rate - end) * _factor(schedule, progress, power=power, num_cycles=num_cycles)

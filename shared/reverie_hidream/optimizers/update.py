@@ -10,8 +10,8 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
+from reverie_common.optimizer_catalogue import find_optimizer
 
-from reverie_hidream.optimizer_catalogue import find_optimizer
 from reverie_hidream.optimizers.averaging import averaged_weights
 from reverie_hidream.optimizers.builders import build_optimizer, set_learning_rate
 from reverie_hidream.optimizers.clipping import clamp_gradients, clip_gradients, gradient_absmax

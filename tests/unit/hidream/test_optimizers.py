@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from reverie_hidream.optimizer_catalogue import CATALOGUE, REFUSED
+from reverie_common.optimizer_catalogue import CATALOGUE, REFUSED
 from reverie_hidream.optimizers import (
     OPTIMIZERS,
     OptimizerOptionError,

@@ -11,6 +11,7 @@ from reverie_trainer.jobs.checks.adapter import check_adapter
 from reverie_trainer.jobs.checks.data import check_datasets
 from reverie_trainer.jobs.checks.model import check_model
 from reverie_trainer.jobs.checks.optimization import check_optimization
+from reverie_trainer.jobs.checks.optimizers import check_ema
 from reverie_trainer.jobs.checks.outlets import check_outlets
 from reverie_trainer.jobs.checks.pending import check_pending
 from reverie_trainer.jobs.checks.rules import JOB_NAME, MAX_PROMPT_CHARACTERS, name, violation
@@ -28,6 +29,7 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
         *check_datasets(spec.datasets),
         *check_adapter(spec.adapter),
         *check_optimization(spec.optimization),
+        *(check_ema(spec.ema) if spec.ema is not None else ()),
         *(check_validation(spec.validation) if spec.validation is not None else ()),
         *check_outlets(spec),
         *_trigger_words(spec.trigger_words),

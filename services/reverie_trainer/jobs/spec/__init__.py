@@ -17,7 +17,6 @@ from reverie_trainer.jobs.spec.job import Checkpoints, JobSpec, Start, spec_from
 from reverie_trainer.jobs.spec.measures import Ema, Evaluation
 from reverie_trainer.jobs.spec.model import Memory, ModelChoice
 from reverie_trainer.jobs.spec.optimization import (
-    DEFAULT_WEIGHT_DECAY,
     Optimization,
     Reflexflow,
     ScheduledSampling,
@@ -26,7 +25,6 @@ from reverie_trainer.jobs.spec.outlets import Publishing, Tracking, Webhook
 from reverie_trainer.jobs.spec.validation import Validation, ValidationPrompt
 
 __all__ = [
-    "DEFAULT_WEIGHT_DECAY",
     "Adapter",
     "Checkpoints",
     "CropAspect",

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field, replace
 
 from reverie.training.v1 import job_pb2
+from reverie_common.optimizer_catalogue import CATALOGUE
 
 from reverie_trainer.jobs.spec.adapter import KINDS, Adapter, LoraAdapter
 from reverie_trainer.jobs.spec.convert import fill_message, from_message
 from reverie_trainer.jobs.spec.data import DatasetChoice
 from reverie_trainer.jobs.spec.measures import Ema, Evaluation
 from reverie_trainer.jobs.spec.model import Memory, ModelChoice
-from reverie_trainer.jobs.spec.optimization import DEFAULT_WEIGHT_DECAY, Optimization
+from reverie_trainer.jobs.spec.optimization import Optimization
 from reverie_trainer.jobs.spec.outlets import Publishing, Tracking, Webhook
 from reverie_trainer.jobs.spec.validation import Validation
 
@@ -73,7 +74,7 @@ def spec_from_proto(message: job_pb2.TrainingJobSpec) -> JobSpec:
     return replace(
         spec,
         adapter=_adapter_from_proto(message.adapter),
-        optimization=_with_weight_decay(spec.optimization),
+        optimization=_with_optimizer_defaults(spec.optimization, message.optimization),
         validation=validation,
         tracking=replace(spec.tracking, run_name=spec.tracking.run_name or spec.name),
     )
@@ -100,7 +101,13 @@ def _adapter_from_proto(message: job_pb2.AdapterSpec) -> Adapter | None:
     return adapter
 
 
-def _with_weight_decay(optimization: Optimization) -> Optimization:
-    if optimization.weight_decay is not None:
+def _with_optimizer_defaults(optimization: Optimization, message: job_pb2.OptimizationSpec) -> Optimization:
+    """Fill in what the optimiser decides where the job does not; an unknown one decides nothing."""
+    entry = CATALOGUE.get(optimization.optimizer)
+    if entry is None:
         return optimization
-    return replace(optimization, weight_decay=DEFAULT_WEIGHT_DECAY.get(optimization.optimizer))
+    if optimization.weight_decay is None:
+        optimization = replace(optimization, weight_decay=entry.weight_decay)
+    if not message.HasField("learning_rate"):
+        optimization = replace(optimization, learning_rate=entry.learning_rate)
+    return optimization

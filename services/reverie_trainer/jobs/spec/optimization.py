@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-DEFAULT_WEIGHT_DECAY = {"adamw": 0.01, "optimi-lion": 0.0}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reflexflow:

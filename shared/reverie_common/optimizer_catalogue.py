@@ -1,4 +1,4 @@
-"""Every optimiser by name: its library, defaults, settings and cost, and what refused names should be (spec 5.4).
+"""Every optimiser and learning-rate schedule by name: library, defaults, settings, cost, refusals (spec 5.4, 5.5).
 
 Free of torch, so that the job API checks a job against the same table that the worker builds its optimiser from.
 """
@@ -333,6 +333,14 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "torch-adam": ("its weight decay is not decoupled", "torch-adamw"),
 }
 """Names that people know from elsewhere: why not, and what works in their place."""
+
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine")
+CONSTANT_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
+"""They stay at the full rate; both warm up first where the job wants it."""
+CYCLIC_SCHEDULES = frozenset({"cosine_with_restarts", "sine"})
+
+CLIP_METHODS = ("value", "norm")
 
 
 def find_optimizer(name: str) -> OptimizerEntry:
