@@ -8,8 +8,9 @@ from reverie.training.v1 import job_pb2
 from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.adapter_selection import AdapterSelection, TransformerConfig, num_transformer_parameters
-from reverie_trainer.jobs.admission import Admission, captions_of
-from reverie_trainer.jobs.buckets import Bucket, steps_per_epoch
+from reverie_trainer.jobs.admission import Admission
+from reverie_trainer.jobs.buckets import EVALUATION, Bucket, scheduled_buckets, steps_per_epoch
+from reverie_trainer.jobs.captions import captions_of
 from reverie_trainer.jobs.records import job_message
 from reverie_trainer.jobs.repository import list_jobs
 from reverie_trainer.jobs.spec import JobSpec, spec_from_proto
@@ -32,7 +33,7 @@ def count_prompts(admission: Admission) -> int:
     prompts = {""}
     for choice in admission.spec.datasets:
         for sample in admission.manifests[choice.dataset].samples:
-            prompts.update(captions_of(sample.captions, choice))
+            prompts.update(captions_of(sample, choice))
     return len(prompts)
 
 
@@ -49,8 +50,10 @@ def epoch_steps(spec: JobSpec, num_images: Mapping[str, int], buckets: Sequence[
     """Return the optimiser steps in one epoch; without buckets, the least that it can be."""
     optimization = spec.optimization
     if buckets is not None:
-        return steps_per_epoch(buckets, optimization.batch_size, optimization.gradient_accumulation_steps)
-    samples = sum(num_images[choice.dataset] * (choice.repeats + 1) for choice in spec.datasets)
+        scheduled = scheduled_buckets(buckets, spec)
+        return steps_per_epoch(scheduled, optimization.batch_size, optimization.gradient_accumulation_steps)
+    trained = [choice for choice in spec.datasets if choice.role != EVALUATION]
+    samples = sum(num_images[choice.dataset] * (choice.repeats + 1) for choice in trained)
     return math.ceil(math.ceil(samples / optimization.batch_size) / optimization.gradient_accumulation_steps)
 
 
