@@ -9,6 +9,7 @@ import diffusers
 import torch
 from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
 from reverie_hidream.checkpoint import require_parts
+from reverie_hidream.optimizers import parameter_dtype
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import load_transformer
 
@@ -56,7 +57,8 @@ class ModelLoader:
         Raises:
             AdapterMatchesNothingError: no module is selected.
         """
-        return attach_lokr(transformer, lokr_config(self.job.adapter), seed=self.job.spec.seed)
+        dtype = parameter_dtype(self.job.spec.optimization.optimizer)
+        return attach_lokr(transformer, lokr_config(self.job.adapter), dtype=dtype, seed=self.job.spec.seed)
 
     def engine(self, transformer: diffusers.HiDreamImageTransformer2DModel, adapter: LokrAdapter) -> TrainingEngine:
         """Everything that one training step needs."""
