@@ -51,9 +51,9 @@ def test_minimal_job_is_right() -> None:
         (violations(datasets=[{"dataset": "a", "resolution": 5000}]), "datasets[0].resolution", "lower"),
         (violations(datasets=[{"dataset": "a", "repeats": 2_000_000}]), "datasets[0].repeats", "1000000"),
         (
-            violations(datasets=[{"dataset": "a", "resolution_type": "area"}]),
+            violations(datasets=[{"dataset": "a", "resolution_type": "pixels"}]),
             "datasets[0].resolution_type",
-            "pixel_area",
+            "did you mean 'pixel'",
         ),
         (violations(datasets=[{"dataset": "a", "crop_style": "centre"}]), "datasets[0].crop_style", "'center'"),
         (

@@ -26,7 +26,7 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
     return [
         *name("name", spec.name, JOB_NAME, "[a-z0-9-]"),
         *check_model(spec.model),
-        *check_datasets(spec.datasets),
+        *check_datasets(spec),
         *check_adapter(spec.adapter),
         *check_optimization(spec.optimization),
         *(check_ema(spec.ema) if spec.ema is not None else ()),

@@ -12,7 +12,6 @@ from reverie_trainer.jobs.spec import Optimization
 def check_optimization(optimization: Optimization) -> Iterator[FieldViolation]:
     """Yield what is wrong with the optimisation."""
     path = "optimization"
-    yield from between(f"{path}.max_steps", optimization.max_steps, 1, 1_000_000, "optimiser steps")
     yield from between(f"{path}.batch_size", optimization.batch_size, 1, 128, "samples")
     yield from between(f"{path}.gradient_accumulation_steps", optimization.gradient_accumulation_steps, 1, 1024)
     yield from check_optimizer(optimization)
