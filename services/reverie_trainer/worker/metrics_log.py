@@ -6,7 +6,8 @@ import json
 
 from reverie.training.v1.job_pb2 import StepMetrics
 
-FIELDS = ("step", "loss", "learning_rate", "gradient_norm", "step_seconds", "data_wait_seconds")
+FIELDS = ("step", "loss", "learning_rate", "gradient_norm", "step_seconds", "data_wait_seconds", "gradient_absmax")
+OPTIONAL_FIELDS = ("load_balancing_loss", "regularisation_loss", "router_entropy", "rollout_share")
 
 
 class MetricsLog:
@@ -18,7 +19,12 @@ class MetricsLog:
 
     def add(self, metrics: StepMetrics) -> None:
         """Add a step."""
-        self._lines.append(json.dumps({name: getattr(metrics, name) for name in FIELDS}).encode())
+        values = {name: getattr(metrics, name) for name in FIELDS}
+        given = {field.name for field, _ in metrics.ListFields()}
+        values.update((name, getattr(metrics, name)) for name in OPTIONAL_FIELDS if name in given)
+        if metrics.expert_load:
+            values["expert_load"] = list(metrics.expert_load)
+        self._lines.append(json.dumps(values).encode())
 
     def body(self) -> bytes:
         """The file."""

@@ -73,6 +73,12 @@ class TrainingLoop:
             gradient_norm=result.gradient_norm,
             step_seconds=seconds,
             data_wait_seconds=wait_seconds,
+            gradient_absmax=result.gradient_absmax,
+            load_balancing_loss=result.load_balancing_loss,
+            regularisation_loss=result.regularisation_loss,
+            expert_load=result.expert_load,
+            router_entropy=result.router_entropy,
+            rollout_share=result.rollout_share,
         )
         self.log.add(figures)
         self.outbox.step(figures)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import diffusers
 import torch
 
-from reverie_hidream.adapters.lokr import LokrAdapter
+from reverie_hidream.adapters.adapter import TrainableAdapter
 from reverie_hidream.conditioning import TextConditioning
 from reverie_hidream.flow import noisy_latents, timesteps_of, velocity_target
 from reverie_hidream.moe import RouterUse, load_balancing_loss
@@ -59,7 +59,7 @@ class TrainingStep:
     def __init__(
         self,
         transformer: diffusers.HiDreamImageTransformer2DModel,
-        adapter: LokrAdapter,
+        adapter: TrainableAdapter,
         update: AdapterUpdate,
         settings: StepSettings,
         *,
@@ -92,6 +92,7 @@ class TrainingStep:
         figures = StepFigures(num_batches=self._settings.gradient_accumulation_steps, device=self._device)
         try:
             for index, batch in enumerate(batches):
+                self._adapter.begin_step(step, index)
                 self._accumulate(batch, figures, is_first=index == 0)
             read = self._update.finish(figures.loss, figures.others())
         except NonFiniteLossError as error:
@@ -106,9 +107,9 @@ class TrainingStep:
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Measure the stable evaluation loss, see `evaluate`; training goes on as if it had not been."""
-        return evaluate(
-            self._transformer, batches, self._settings.objective, num_timesteps=num_timesteps, on_progress=on_progress
-        )
+        objective = self._settings.objective
+        with _at_rest(self._adapter):
+            return evaluate(self._transformer, batches, objective, num_timesteps=num_timesteps, on_progress=on_progress)
 
     def _accumulate(self, batch: Batch, figures: StepFigures, *, is_first: bool) -> None:
         """Add one micro-batch's share to the gradient."""
@@ -129,8 +130,10 @@ class TrainingStep:
     def _sample_losses(self, batch: Batch, uses: list[RouterUse] | None) -> torch.Tensor:
         """(B,), at least float32."""
         inputs = self._inputs(batch)
-        prediction = self._velocity(inputs, inputs.noisy, inputs.sigmas, uses=uses)
+        # Before the pass that is trained: switching off a full-rank adapter writes over the weights that its backward
+        # pass needs.
         target = self._target(batch, inputs)
+        prediction = self._velocity(inputs, inputs.noisy, inputs.sigmas, uses=uses)
         objective = self._settings.objective
         losses = pixel_losses(prediction, target, inputs.sigmas, objective)
         weights = None
@@ -165,15 +168,16 @@ class TrainingStep:
         def velocity(noisy: torch.Tensor, sigmas: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
             return self._velocity(inputs, noisy, sigmas, places=places)
 
-        return roll_out(
-            velocity,
-            inputs.latents,
-            input_noise,
-            inputs.sigmas,
-            batch.draws.rollout_offsets,
-            shift=objective.shift_for(*inputs.latents.shape[-2:]),
-            settings=objective.rollout,
-        )
+        with _at_rest(self._adapter):
+            return roll_out(
+                velocity,
+                inputs.latents,
+                input_noise,
+                inputs.sigmas,
+                batch.draws.rollout_offsets,
+                shift=objective.shift_for(*inputs.latents.shape[-2:]),
+                settings=objective.rollout,
+            )
 
     def _target(self, batch: Batch, inputs: _Inputs) -> torch.Tensor:
         if not batch.is_regularisation:
@@ -190,7 +194,7 @@ class TrainingStep:
         if rollout is None or rollout.reflexflow is None or not places:
             return losses
         plain = noisy_latents(inputs.latents[places], inputs.noise[places], inputs.sigmas[places])
-        with torch.no_grad():
+        with torch.no_grad(), _at_rest(self._adapter):
             clean_prediction = self._velocity(inputs, plain, inputs.sigmas[places], places=places)
         reflected = reflexflow_losses(
             prediction[places],
@@ -216,7 +220,17 @@ class TrainingStep:
 
 
 @contextmanager
-def _without(adapter: LokrAdapter) -> Iterator[None]:
+def _at_rest(adapter: TrainableAdapter) -> Iterator[None]:
+    """The adapter as it is used and not as it is trained: without dropouts."""
+    adapter.train(False)
+    try:
+        yield
+    finally:
+        adapter.train(True)
+
+
+@contextmanager
+def _without(adapter: TrainableAdapter) -> Iterator[None]:
     """The model as it is without the adapter."""
     adapter.set_strength(0.0)
     try:
