@@ -87,16 +87,18 @@ class EncoderSettings(ServerSettings, StoreSettings):
     @field_validator("precision")
     @classmethod
     def _check_precision(cls, precision: tuple[str, ...]) -> tuple[str, ...]:
-        if len(precision) == 1 and "=" not in precision[0]:
-            return precision
+        is_for_all = len(precision) == 1 and "=" not in precision[0]
         for choice in precision:
-            name, separator, _ = choice.partition("=")
-            if not separator or name not in ENCODER_NAMES:
+            encoder, separator, name = choice.partition("=")
+            if not is_for_all and (not separator or encoder not in ENCODER_NAMES):
                 example = "t5=int8-quanto,llama=nf4-bnb"
                 raise ValueError(
                     f"{choice!r} is not ENCODER=PRECISION with one of {','.join(ENCODER_NAMES)}; write {example}, or "
                     "one precision for all"
                 )
+            problem = refusal(choice if is_for_all else name, is_trained_on=False)
+            if problem is not None:
+                raise ValueError(problem)
         return precision
 
     @model_validator(mode="after")

@@ -24,6 +24,15 @@ _SECRET_NAME = re.compile(r"secret|password|authorization|access_key|(^|_)token$
 # Chatty libraries, which log at info what we log at debug.
 _QUIET_LOGGERS = ("urllib3", "grpc", "httpx", "filelock", "fsspec", "PIL", "matplotlib")
 
+# What they warn of while they are imported helps nobody: kernels of devices that this machine lacks, and each other's
+# versions; two of them on handlers of their own, in the middle of our lines.
+_MUTED_LOGGERS = (
+    "bitsandbytes",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+    "torchao",
+)
+
 _COLOURS = {"DEBUG": "\033[2m", "INFO": "\033[36m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 _PLAIN = "\033[0m"
 
@@ -46,6 +55,8 @@ def configure_logging(
     root.setLevel(level.upper())
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name in _MUTED_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 

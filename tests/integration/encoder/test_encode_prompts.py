@@ -152,7 +152,7 @@ async def test_a_subset_in_bfloat16_and_int8_says_so_and_refuses_the_rest(
     settings = EncoderSettings(
         checkpoint=str(tiny_checkpoint),
         encoders=("llama", "clip_l"),
-        llama_precision="int8-quanto",
+        precision=("llama=int8-quanto",),
         port=0,
         metrics_port=0,
     )

@@ -91,9 +91,9 @@ def test_a_missing_part_is_one_line_and_status_1(start: Start, tiny_checkpoint: 
 
 
 def test_wrong_settings_are_one_line_and_status_1(start: Start) -> None:
-    process = start("--encoders=clip_l,clip_x", "--checkpoint=/nowhere", "--t5-precision=int3")
+    process = start("--encoders=clip_l,clip_x", "--checkpoint=/nowhere", "--precision=t5=int3")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(log.splitlines()) == 1
     assert "clip_x" in log
-    assert "--t5-precision" in log
+    assert "--precision" in log
