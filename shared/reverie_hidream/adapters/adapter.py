@@ -1,4 +1,4 @@
-"""What training and drawing know of an adapter, and the adapter that is made of branches on Linears (spec 4.4 to 4.8)."""
+"""What training and drawing know of an adapter, and the adapter that is made of branches (spec 4.4 to 4.8)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class FileFormat(Protocol):
     def tensors(self, branches: Mapping[str, Branch]) -> dict[str, torch.Tensor]:
         """The file's tensors; `branches` are by dotted module name."""
 
-    def metadata(self, branches: Mapping[str, Branch]) -> dict[str, str]:
+    def metadata(self, branches: Mapping[str, Branch], /) -> dict[str, str]:
         """What the format itself writes into the metadata."""
 
 
@@ -102,7 +102,7 @@ class LycorisFormat:
             for name, tensor in branch.exported().items()
         }
 
-    def metadata(self, branches: Mapping[str, Branch]) -> dict[str, str]:
+    def metadata(self, _: Mapping[str, Branch], /) -> dict[str, str]:
         """See FileFormat."""
         return {CONFIG_KEY: self._config.to_json()}
 

@@ -84,7 +84,7 @@ class Branch(abc.ABC):
         """What the adapter adds to a Linear's output at its strength, in the dtype of the input. (..., out_features)"""
 
     @abc.abstractmethod
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, weight: torch.Tensor, /) -> torch.Tensor:
         """The same as a change of the dense weight (out_features, in_features); computed in the branch's dtype."""
 
     @abc.abstractmethod

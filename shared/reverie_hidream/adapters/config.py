@@ -300,7 +300,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
     """Names, or ends of dotted names, of the Linears to adapt."""
     init_type: str = "default"
-    """`default` (A uniform, B zero), `gaussian` (A normal), `olora` or `pissa` (from the weight; no change at first)."""
+    """`default` (A uniform, B zero), `gaussian` (A normal), `olora` or `pissa` (both from the weight)."""
     use_dora: bool = False
     """Train the length of the changed weight's rows apart from their direction (DoRA). Plain weights only."""
     format: str = "diffusers"

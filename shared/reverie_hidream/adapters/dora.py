@@ -33,6 +33,7 @@ class DoraBranch(Branch):
         self.drops_rows, self.drops_change = inner.drops_rows, inner.drops_change
         self.magnitude = magnitude
         self._is_length_fixed = is_length_fixed
+        self._frozen_stretch: torch.Tensor | None = None
         self._key = key
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,16 +45,17 @@ class DoraBranch(Branch):
         """See Branch."""
         self.inner.move(device=device, dtype=dtype)
         self.magnitude = self.magnitude.to(device=device, dtype=dtype)
+        self._frozen_stretch = None
 
     def change_of(self, call: LinearCall) -> torch.Tensor:
         """See Branch."""
         dtype = call.hidden.dtype
-        stretch = self._stretch(call.weight()).to(dtype)
+        stretch = self._stretch_for(call).to(dtype)
         self.inner.dropout = self.dropout
         change = self.inner.change_of(call)
         return ((stretch - 1) * call.product + stretch * change) * self.total_strength
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, weight: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         wide = weight.to(self.magnitude.dtype)
         changed = wide + self.inner.weight_change(wide)
@@ -63,10 +65,18 @@ class DoraBranch(Branch):
         """See Branch."""
         return {**self.inner.exported(), self._key: self.magnitude.detach()}
 
+    def _stretch_for(self, call: LinearCall) -> torch.Tensor:
+        if self.magnitude.requires_grad:
+            return self._stretch(call.weight())
+        # A loaded adapter does not change any more.
+        if self._frozen_stretch is None:
+            self._frozen_stretch = self._stretch(call.weight())
+        return self._frozen_stretch
+
     def _stretch(self, weight: torch.Tensor) -> torch.Tensor:
         """What each row of W + dW is multiplied with. (out_features,)"""
         wide = weight.to(torch.promote_types(self.magnitude.dtype, torch.float32))
-        lengths = (wide + self.inner.weight_change(wide)).norm(dim=1)
+        lengths: torch.Tensor = torch.linalg.vector_norm(wide + self.inner.weight_change(wide), dim=1)
         if self._is_length_fixed:
             lengths = lengths.detach()
         return self.magnitude.flatten() / (lengths + torch.finfo(lengths.dtype).eps)
@@ -75,4 +85,5 @@ class DoraBranch(Branch):
 def row_lengths(weight: torch.Tensor) -> torch.Tensor:
     """The start of a magnitude: the lengths of the frozen weight's rows. (out_features, 1) float32 or float64"""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.detach().to(wide).norm(dim=1, keepdim=True)
+    lengths: torch.Tensor = torch.linalg.vector_norm(weight.detach().to(wide), dim=1, keepdim=True)
+    return lengths

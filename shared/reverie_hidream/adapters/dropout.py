@@ -1,7 +1,7 @@
 """Dropouts of an adapter, as functions of (seed, step, micro-batch) and of nothing else.
 
-No generator has a state that a resume could lose, and a block that is recomputed in the backward pass finds the masks of
-its forward pass again.
+No generator has a state that a resume could lose, and a block that is recomputed in the backward pass finds the masks
+of its forward pass again.
 """
 
 from __future__ import annotations

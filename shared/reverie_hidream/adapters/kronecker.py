@@ -70,7 +70,7 @@ class LokrBranch(Branch):
             changed = torch.matmul(w1, torch.matmul(grouped, w2.t()))
         return changed.view(*hidden.shape[:-1], self.out_features)
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, _: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         return torch.kron(*self._parts(next(iter(self.factors.values())).dtype))
 

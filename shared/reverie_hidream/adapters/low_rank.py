@@ -61,7 +61,7 @@ class LowRankBranch(FactoredBranch):
         taken_off = functional.linear(functional.linear(call.hidden, first_down), first_up)
         return change - taken_off * (self.scale * self.total_strength)
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, _: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         up, down = self.used_factors(self.own_dtype)
         change = (up * self.gain(self.own_dtype)) @ down
@@ -77,9 +77,9 @@ class LowRankBranch(FactoredBranch):
 class DyloraBranch(LowRankBranch):
     """DyLoRA: a LoRA that is good at every smaller rank too.
 
-    Each micro-batch uses the first n blocks of rows, n drawn evenly, and trains the last of them. Its scale is alpha over
-    the rank in use, so that the whole is the LoRA that the file says; LyCORIS' own forward divides by the number of
-    blocks, which its file does not repeat.
+    Each micro-batch uses the first n blocks of rows, n drawn evenly, and trains the last of them. Its scale is alpha
+    over the rank in use, so that the whole is the LoRA that the file says; LyCORIS' own forward divides by the number
+    of blocks, which its file does not repeat.
     """
 
     def __init__(self, name: str, factors: Mapping[str, torch.Tensor], *, block_size: int, **settings: Any) -> None:
@@ -114,7 +114,7 @@ class LohaBranch(FactoredBranch):
         """See Branch."""
         return functional.linear(call.hidden, self._weight(call.hidden.dtype))
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, _: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         return self._weight(self.own_dtype)
 
@@ -144,7 +144,7 @@ class GloraBranch(FactoredBranch):
         gain = self.gain(dtype)
         return call.again(functional.linear(through_weight, a1 * gain)) + functional.linear(beside, b1 * gain)
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, weight: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         a1, a2, b1, b2 = (self.factor(name, self.own_dtype) for name in self.factor_names)
         return (weight.to(self.own_dtype) @ a1 @ a2 + b1 @ b2) * self.gain(self.own_dtype)

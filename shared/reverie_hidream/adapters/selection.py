@@ -1,4 +1,4 @@
-"""The Linears of a model that an adapter selects (spec 4.2); the rules are those of `reverie_common.lycoris_presets`."""
+"""The Linears of a model that an adapter selects (spec 4.2), by the rules of `reverie_common.lycoris_presets`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Ia3Branch(FactoredBranch):
         scale = self.factor("weight", call.hidden.dtype) * self.total_strength
         return call.again(call.hidden * scale) if self.on_input else call.product * scale
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, weight: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         scale = self.factor("weight", self.own_dtype) * self.total_strength
         return weight.to(self.own_dtype) * (scale if self.on_input else scale[:, None])
@@ -50,7 +50,7 @@ class FullMatrixBranch(FactoredBranch):
         bias = self.factor("diff_b", dtype) if "diff_b" in self.factors else None
         return functional.linear(call.hidden, self.factor("diff", dtype), bias) * self.total_strength
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, _: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         return self.factors["diff"] * self.total_strength
 
@@ -84,7 +84,7 @@ class RotationBranch(FactoredBranch):
         wide = product.to(torch.promote_types(product.dtype, torch.float32))
         return (self._turned(wide) - wide).to(product.dtype)
 
-    def weight_change(self, weight: torch.Tensor) -> torch.Tensor:
+    def weight_change(self, weight: torch.Tensor, /) -> torch.Tensor:
         """See Branch."""
         columns = weight.t().to(self.own_dtype)
         return (self._turned(columns) - columns).t()
@@ -110,8 +110,9 @@ class RotationBranch(FactoredBranch):
             skew = skew * (limit / (skew.norm() + 1e-8)).clamp(max=1.0)
         identity = torch.eye(blocks.shape[-1], dtype=dtype, device=blocks.device)
         # (I + Q) (I - Q)^-1; the two factors commute, so the solve may stand on the left.
-        rotations = torch.linalg.solve(identity - skew, identity + skew)
-        return identity + (rotations - identity) * self.total_strength
+        rotations: torch.Tensor = torch.linalg.solve(identity - skew, identity + skew)
+        turned: torch.Tensor = identity + (rotations - identity) * self.total_strength
+        return turned
 
 
 def _oft(values: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_every_problem_is_named_at_once() -> None:
     broken = {
         "algo": "loha",
         "factor": "16",
-        "dora_wd": True,
+        "train_norm": True,
         "linear_dims": 4,
         "apply_preset": {
             "target_module": "Attention",
@@ -87,7 +87,7 @@ def test_every_problem_is_named_at_once() -> None:
     for part in (
         "algo 'loha' is not supported",
         "factor must be a whole number; got '16'",
-        "dora_wd True is not supported",
+        "train_norm True is not supported",
         "linear_dims is unknown",
         "apply_preset.target_module must be a list of strings",
         "apply_preset.use_fnmatch must be a true or false",
