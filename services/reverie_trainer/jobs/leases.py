@@ -47,6 +47,7 @@ WORKER_EVENTS = (
     "validation_image",
     "validation_progress",
     "validation_preview",
+    "validation_scores",
     "evaluation",
     "notice",
 )

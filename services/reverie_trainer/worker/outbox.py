@@ -21,7 +21,9 @@ from reverie.training.v1.job_pb2 import (
     StepMetrics,
     TrainingJobEvent,
     ValidationImage,
+    ValidationPreview,
     ValidationProgress,
+    ValidationScores,
 )
 
 MAX_EVENTS = 1000
@@ -64,6 +66,14 @@ class Outbox:
     def image(self, image: ValidationImage) -> None:
         """A validation picture is there."""
         self._add(TrainingJobEvent(validation_image=image))
+
+    def preview(self, preview: ValidationPreview) -> None:
+        """A validation picture is on its way."""
+        self._add(TrainingJobEvent(validation_preview=preview))
+
+    def scores(self, scores: ValidationScores) -> None:
+        """The pictures of a step were scored."""
+        self._add(TrainingJobEvent(validation_scores=scores))
 
     def validation_progress(self, *, step: int, num_done: int, num_total: int) -> None:
         """The sampler moved on."""

@@ -18,6 +18,8 @@ from reverie_trainer.worker.control_thread import ControlThread
 from reverie_trainer.worker.outbox import Outbox
 from reverie_trainer.worker.validation import ValidationQueue, ValidationRound
 
+Crosses = Callable[[int, float], bool]
+
 
 class Pictures:
     """Asks for pictures; does nothing where the job wants none or there is no sampler."""
@@ -47,12 +49,18 @@ class Pictures:
         if self._validation is not None and not self._validation.disable_benchmark:
             self._enqueue(ValidationRound(step=0, adapter=None))
 
-    def is_due(self, step: int) -> bool:
-        """Whether a step's pictures are wanted; always those of the last one."""
+    def is_due(self, step: int, crosses: Crosses | None = None) -> bool:
+        """Whether a step's pictures are wanted; always those of the last one.
+
+        Args:
+            crosses: whether a step completes another multiple of so many epochs (`EpochClock.crosses`).
+        """
         if self._validation is None:
             return False
         every = self._validation.every_steps
-        return step == self._max_steps or bool(every and step % every == 0)
+        if step == self._max_steps or (every and step % every == 0):
+            return True
+        return crosses is not None and crosses(step, self._validation.every_epochs)
 
     def ask(self, step: int, adapter_file: bytes, *, weights: str = "adapter") -> None:
         """Ask for the pictures of a step. The adapter is written, and everything else done, in the background.

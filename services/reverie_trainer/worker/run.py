@@ -26,6 +26,7 @@ from reverie_common.storage import ObjectStore, get_object, open_store
 from reverie_hidream.checkpoint import resolve_checkpoint
 from reverie_hidream.training.draws import SampleDraws
 
+from reverie_trainer.jobs.prompt_library import prompts_of
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.checkpoints import CheckpointSaver, SavedCheckpoint, read_state
 from reverie_trainer.worker.choices import Chance
@@ -271,7 +272,7 @@ class _Worker:
                 drawing.cancel()
 
     def _validation_queue(self, job: LeasedJob) -> ValidationQueue | None:
-        if job.spec.validation is None or not job.spec.validation.prompts:
+        if job.spec.validation is None or not prompts_of(job.spec.validation):
             return None
         if self.office.sampling is None:
             self.office.outbox.warn("NO_SAMPLER", "no pictures: the trainer was started without --sampler")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict, ParseDict
 from reverie.common.v1.common_pb2 import ObjectRef
-from reverie.sampling.v1.sampling_pb2 import SampledImage, SampleRequest, SampleResponse
-from reverie.training.v1.job_pb2 import ValidationImage
+from reverie.sampling.v1.sampling_pb2 import SampleRequest, SampleResponse
 from reverie_common.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -27,6 +26,8 @@ from reverie_common.rpc.channel import translated
 
 from reverie_trainer.jobs.spec import Validation
 from reverie_trainer.worker.outbox import Outbox
+from reverie_trainer.worker.picture_report import PictureReport
+from reverie_trainer.worker.picture_requests import count_pictures, picture_requests
 
 if TYPE_CHECKING:
     from reverie.sampling.v1.sampling_pb2_grpc import SamplingServiceAsyncStub
@@ -37,6 +38,11 @@ MAX_DELAY_SECONDS = 5.0
 
 _REFUSALS = (FailedPreconditionError, InvalidArgumentError, NotFoundError, PermissionDeniedError)
 """Answers that repeating does not change."""
+
+_NO_CLIP_MODEL = "NO_CLIP_MODEL"
+"""Reason of the sampler's refusal to score."""
+
+OnResponse = Callable[[SampleResponse], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +95,8 @@ class ValidationQueue:
         self._changed = asyncio.Event()
         self._last_answer = 0.0
         self._is_warned = False
+        self._is_unscored = False
+        self._noticed: set[str] = set()
 
     async def add(self, next_round: ValidationRound) -> None:
         """Ask for the pictures of a step when its turn comes."""
@@ -125,44 +133,30 @@ class ValidationQueue:
             await asyncio.sleep(0.05)
 
     async def _draw(self, current: ValidationRound) -> None:
-        pictures = _Progress(
-            outbox=self._outbox, step=current.step, weights=current.weights, num_total=self._num_pictures()
+        report = PictureReport(
+            outbox=self._outbox,
+            step=current.step,
+            weights=current.weights,
+            num_total=count_pictures(self._validation),
         )
-        for prompt_name, request in self._requests(current):
-            await self._persist(current.step, request, partial(pictures.add, prompt_name))
+        requests = picture_requests(self._validation, current.adapter, weights=current.weights)
+        for prompt_name, request in requests:
+            request.clip_score = request.clip_score and not self._is_unscored
+            await self._persist(current.step, request, partial(report.add, prompt_name, request))
+        report.finish()
 
-    def _num_pictures(self) -> int:
-        return len(self._validation.prompts) * len(self._validation.resolutions) * self._validation.num_images
-
-    def _requests(self, current: ValidationRound) -> Iterator[tuple[str, SampleRequest]]:
-        for prompt in self._validation.prompts:
-            for resolution in self._validation.resolutions:
-                width, height = resolution.lower().split("x")
-                yield (
-                    prompt.name,
-                    SampleRequest(
-                        prompt=prompt.prompt,
-                        negative_prompt=self._validation.negative_prompt,
-                        width=int(width),
-                        height=int(height),
-                        num_inference_steps=self._validation.num_inference_steps,
-                        guidance_scale=self._validation.guidance_scale,
-                        seed=self._validation.seed,
-                        num_images=self._validation.num_images,
-                        adapter=current.adapter,
-                        adapter_strength=self._validation.adapter_strength,
-                    ),
-                )
-
-    async def _persist(self, step: int, request: SampleRequest, on_image: Callable[[SampledImage], None]) -> None:
+    async def _persist(self, step: int, request: SampleRequest, on_response: OnResponse) -> None:
         """Ask until the pictures are there, the sampler refuses them, or it was away for too long."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timing.retry_seconds
         delay = 0.2
         while True:
             try:
-                return await self._ask(request, on_image)
+                return await self._ask(request, on_response)
             except _REFUSALS as error:
+                if error.reason == _NO_CLIP_MODEL and request.clip_score:
+                    self._go_unscored(request, error)
+                    continue
                 self._warn("VALIDATION_REFUSED", f"the sampler refused a picture of step {step}: {error.message}")
                 return None
             except ReverieError as error:
@@ -175,7 +169,13 @@ class ValidationQueue:
             await asyncio.sleep(delay_now)
             delay = min(2 * delay, MAX_DELAY_SECONDS)
 
-    async def _ask(self, request: SampleRequest, on_image: Callable[[SampledImage], None]) -> None:
+    def _go_unscored(self, request: SampleRequest, error: ReverieError) -> None:
+        """A score that cannot be had must not cost the picture."""
+        request.clip_score = False
+        self._is_unscored = True
+        self._notice_once("CLIP_SCORE_LOST", f"the pictures of this job are not scored: {error.message}")
+
+    async def _ask(self, request: SampleRequest, on_response: OnResponse) -> None:
         clock = asyncio.get_running_loop().time
         begin = clock()
         call = self._stub.Sample(request, timeout=self._timing.request_seconds)
@@ -184,8 +184,9 @@ class ValidationQueue:
                 while (response := await self._next(call)) is not None:
                     self._last_answer = clock()
                     self._is_warned = False
-                    if response.HasField("image"):
-                        on_image(response.image)
+                    if response.HasField("notice"):
+                        self._notice_once(response.notice.reason, response.notice.message)
+                    on_response(response)
         finally:
             call.cancel()
         self._outbox.phase("validate", clock() - begin)
@@ -200,6 +201,12 @@ class ValidationQueue:
             ) from error
         return response if isinstance(response, SampleResponse) else None
 
+    def _notice_once(self, reason: str, message: str) -> None:
+        """What the sampler says of one picture it would say of all."""
+        if reason not in self._noticed:
+            self._noticed.add(reason)
+            self._warn(reason, message)
+
     def _warn_once(self, step: int, error: ReverieError) -> None:
         if not self._is_warned:
             self._is_warned = True
@@ -212,32 +219,3 @@ class ValidationQueue:
     def _warn(self, reason: str, message: str) -> None:
         logger.warning("%s", message)
         self._outbox.warn(reason, message)
-
-
-@dataclass(kw_only=True, slots=True)
-class _Progress:
-    """Reports the pictures of one round, each once, however often it is answered."""
-
-    outbox: Outbox
-    step: int
-    weights: str
-    num_total: int
-    _seen: set[tuple[str, int, int, int]] = field(default_factory=set)
-
-    def add(self, prompt_name: str, image: SampledImage) -> None:
-        identity = (prompt_name, image.width, image.height, image.image_index)
-        if identity in self._seen:
-            return
-        self._seen.add(identity)
-        self.outbox.image(
-            ValidationImage(
-                step=self.step,
-                prompt_name=prompt_name,
-                image_index=image.image_index,
-                width=image.width,
-                height=image.height,
-                image=image.image,
-                weights=self.weights,
-            )
-        )
-        self.outbox.validation_progress(step=self.step, num_done=len(self._seen), num_total=self.num_total)

@@ -1,11 +1,13 @@
 """What may be said of the pictures."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from reverie_common.errors import FieldViolation
+from reverie_common.sampling_methods import SCHEDULERS
 
-from reverie_trainer.jobs.checks.rules import PROMPT_NAME, between, name, real, repeated, text, violation
+from reverie_trainer.jobs.checks.rules import PROMPT_NAME, between, name, one_of, real, repeated, text, violation
+from reverie_trainer.jobs.prompt_library import LIBRARY_PREFIX, prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt
 
 MAX_PROMPTS = 100
@@ -22,11 +24,7 @@ def picture_size(text: str) -> tuple[int, int] | None:
 def check_validation(validation: Validation) -> Iterator[FieldViolation]:
     """Yield what is wrong with the validation."""
     path = "validation"
-    if not validation.prompts:
-        yield violation(f"{path}.prompts", "no prompt is given; give at least one, or leave validation out")
-    if len(validation.prompts) > MAX_PROMPTS:
-        yield violation(f"{path}.prompts", f"{len(validation.prompts)} prompts are above {MAX_PROMPTS}; give fewer")
-    yield from _prompts(f"{path}.prompts", validation.prompts)
+    yield from _prompts(f"{path}.prompts", validation)
     for index, size in enumerate(validation.resolutions):
         yield from _picture_size(f"{path}.resolutions[{index}]", size)
     yield from repeated(f"{path}.resolutions", validation.resolutions)
@@ -34,14 +32,43 @@ def check_validation(validation: Validation) -> Iterator[FieldViolation]:
     yield from real(f"{path}.guidance_scale", validation.guidance_scale, at_least=0.0, at_most=100.0)
     yield from text(f"{path}.negative_prompt", validation.negative_prompt)
     yield from between(f"{path}.num_images", validation.num_images, 1, 10, "pictures")
-    yield from real(f"{path}.adapter_strength", validation.adapter_strength, at_least=-10.0, at_most=10.0)
+    yield from _strength(f"{path}.adapter_strength", validation.adapter_strength)
+    yield from real(f"{path}.guidance_rescale", validation.guidance_rescale, at_least=0.0, at_most=1.0)
+    yield from between(f"{path}.preview_steps", validation.preview_steps, 0, 200, "sampling steps")
+    if validation.scheduler is not None:
+        yield from one_of(f"{path}.scheduler", validation.scheduler, SCHEDULERS)
+    if validation.shift is not None:
+        yield from real(f"{path}.shift", validation.shift, above=0.0, at_most=100.0)
 
 
-def _prompts(path: str, prompts: Sequence[ValidationPrompt]) -> Iterator[FieldViolation]:
-    for index, prompt in enumerate(prompts):
-        yield from name(f"{path}[{index}].name", prompt.name, PROMPT_NAME, "[a-z0-9_-]")
-        yield from text(f"{path}[{index}].prompt", prompt.prompt)
-    yield from repeated(path, [prompt.name for prompt in prompts])
+def _prompts(path: str, validation: Validation) -> Iterator[FieldViolation]:
+    drawn = prompts_of(validation)
+    if not drawn:
+        yield violation(
+            path,
+            "no prompt is given; give at least one, or prompt_library: true for the built-in ones, or leave validation "
+            "out",
+        )
+    if len(drawn) > MAX_PROMPTS:
+        yield violation(path, f"{len(drawn)} prompts are above {MAX_PROMPTS}; give fewer")
+    for index, prompt in enumerate(validation.prompts):
+        yield from _prompt(f"{path}[{index}]", prompt)
+    yield from repeated(path, [prompt.name for prompt in drawn])
+
+
+def _prompt(path: str, prompt: ValidationPrompt) -> Iterator[FieldViolation]:
+    yield from name(f"{path}.name", prompt.name, PROMPT_NAME, "[a-z0-9_-]")
+    if prompt.name.startswith(LIBRARY_PREFIX):
+        yield violation(
+            f"{path}.name", f"{prompt.name!r} begins with {LIBRARY_PREFIX!r}, as the built-in prompts do; rename it"
+        )
+    yield from text(f"{path}.prompt", prompt.prompt)
+    if prompt.adapter_strength is not None:
+        yield from _strength(f"{path}.adapter_strength", prompt.adapter_strength)
+
+
+def _strength(path: str, value: float) -> Iterator[FieldViolation]:
+    yield from real(path, value, at_least=-10.0, at_most=10.0)
 
 
 def _picture_size(path: str, text: str) -> Iterator[FieldViolation]:
