@@ -12,6 +12,7 @@ from reverie_trainer.jobs.checkpoint_config import read_transformer_config
 from reverie_trainer.jobs.database import Database, sqlite_url
 from reverie_trainer.jobs.dataset_servicer import DatasetServicer
 from reverie_trainer.jobs.datasets import Datasets
+from reverie_trainer.jobs.encoder_requirements import EncoderRequirements
 from reverie_trainer.jobs.examination import Examiner
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
@@ -21,6 +22,7 @@ from reverie_trainer.jobs.outlets.job_files import JobFiles
 from reverie_trainer.jobs.outlets.named_secrets import Secrets
 from reverie_trainer.jobs.preparation import Preparer
 from reverie_trainer.jobs.reconciler import Reconciler, ReconcilerLimits
+from reverie_trainer.jobs.sampler_requirements import SamplerRequirements
 from reverie_trainer.jobs.services import EncoderClient, Services, VaeClient
 from reverie_trainer.jobs.starts import Starts
 from reverie_trainer.jobs.training_servicer import TrainingServicer
@@ -65,7 +67,10 @@ class Trainer:
         starts = Starts(database=self._database, store=store)
         outlets = _outlet_factory(settings, store, self._database)
         self._outlets = Dispatcher(self._database, outlets.make)
-        examiner = Examiner(self._database, datasets, self._services, config, [starts.check, outlets.check])
+        self._sampler = SamplerRequirements(settings.sampler)
+        encoders = EncoderRequirements(self._services.encoders)
+        further = [starts.check, outlets.check, encoders.check, self._sampler.check]
+        examiner = Examiner(self._database, datasets, self._services, config, further, [self._sampler.notices])
         self.server = Server(
             [
                 ServedService(
@@ -104,6 +109,7 @@ class Trainer:
 
     async def _stop(self) -> None:
         await self._services.close()
+        await self._sampler.close()
         await self._database.close()
 
     def _worker_command(self) -> WorkerCommand:

@@ -53,6 +53,7 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
         selection = select_adapter(config, spec.adapter)
         violations += _check_selection(selection, spec.adapter)
     violations += _check_pictures(spec, config)
+    violations += _check_offloading(spec, config)
     return Admission(
         spec=spec, violations=tuple(violations), manifests=manifests, versions=versions, selection=selection
     )
@@ -83,6 +84,14 @@ def _check_pictures(spec: JobSpec, config: TransformerConfig) -> list[FieldViola
             )
             violations.append(FieldViolation(field=f"validation.resolutions[{index}]", description=description))
     return violations
+
+
+def _check_offloading(spec: JobSpec, config: TransformerConfig) -> list[FieldViolation]:
+    num_blocks = config.num_layers + config.num_single_layers
+    if spec.memory.num_offloaded_blocks <= num_blocks:
+        return []
+    description = f"{spec.memory.num_offloaded_blocks} is above the model's {num_blocks} blocks; lower it"
+    return [FieldViolation(field="memory.num_offloaded_blocks", description=description)]
 
 
 def warnings_of(admission: Admission, config: TransformerConfig) -> list[tuple[str, str]]:

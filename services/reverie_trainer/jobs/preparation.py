@@ -26,6 +26,7 @@ from reverie_trainer.jobs.buckets import (
 )
 from reverie_trainer.jobs.captions import caption_orders, captions_of
 from reverie_trainer.jobs.datasets import Datasets
+from reverie_trainer.jobs.encoder_requirements import require_precisions
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.geometry import ImagePlan, ImageSize, LeftOut, plan_choice
 from reverie_trainer.jobs.inspection import ImageInspector
@@ -145,6 +146,7 @@ class _Preparation:
 
     async def run(self) -> PreparationResult:
         encoders = await plan_encoders(self._services.encoders, self._preparer.patience_seconds, self._task.notice)
+        require_precisions(self._spec.model.text_encoder_precision, encoders.descriptions.values())
         vae = await patiently(self._services.vae.describe, self._vae_patience)
         digest = prepared_digest(
             self._spec,

@@ -9,7 +9,9 @@ import diffusers
 import torch
 from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
 from reverie_hidream.checkpoint import require_parts
+from reverie_hidream.memory import set_checkpointing_interval
 from reverie_hidream.optimizers import parameter_dtype
+from reverie_hidream.quantise import check_precision
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import load_transformer
 
@@ -44,12 +46,21 @@ class ModelLoader:
 
         Raises:
             NotFoundError: the checkpoint has no transformer, or a part of it.
-            ValueError: the precision is unknown.
+            ValueError: the precision is unknown, or the device cannot train on it.
         """
         require_parts(self.checkpoint, ["transformer"])
-        return load_transformer(
-            self.checkpoint, device=self.device, dtype=self.job.dtype, precision=self.job.spec.model.base_precision
+        model, memory = self.job.spec.model, self.job.spec.memory
+        check_precision(model.base_precision, is_trained_on=True, device=self.device)
+        transformer = load_transformer(
+            self.checkpoint,
+            device=self.device,
+            dtype=self.job.dtype,
+            precision=model.base_precision,
+            quantize_via=model.quantize_via,
+            num_offloaded_blocks=memory.num_offloaded_blocks,
         )
+        set_checkpointing_interval(transformer, memory.gradient_checkpointing_interval)
+        return transformer
 
     def attach(self, transformer: diffusers.HiDreamImageTransformer2DModel) -> LokrAdapter:
         """Put the job's adapter on a transformer; its start is a function of the job's seed.

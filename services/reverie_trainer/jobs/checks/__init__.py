@@ -25,7 +25,7 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
     """Return everything that is wrong with a job by itself; an empty list means nothing."""
     return [
         *name("name", spec.name, JOB_NAME, "[a-z0-9-]"),
-        *check_model(spec.model),
+        *check_model(spec),
         *check_datasets(spec),
         *check_adapter(spec.adapter),
         *check_optimization(spec.optimization),

@@ -11,10 +11,6 @@ from reverie_trainer.jobs.spec import JobSpec
 
 PENDING = frozenset(
     {
-        "model.quantize_via",
-        "model.text_encoder_precision",
-        "memory.gradient_checkpointing_interval",
-        "memory.num_offloaded_blocks",
         "memory.offload_during_startup",
         "adapter.dropout",
         "adapter.rank_dropout",
