@@ -1,6 +1,8 @@
 """Image files in the store, and reading one of them: what is wrong with the file becomes an ImageRejectedError."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from reverie_common.errors import IntegrityError, InvalidArgumentError, ObjectNotFoundError
 from reverie_common.storage import ObjectInfo, ObjectStore
@@ -19,6 +21,31 @@ class ImageFile:
     """Lower-case hex digest of its bytes."""
     size_bytes: int
     """As its reference says; 0 says nothing."""
+    bucket: str = ""
+    """Where it is; empty is this service's own bucket."""
+
+
+class ImageSources:
+    """The buckets that image files may be in: this service's own, and others of its server that it may read."""
+
+    def __init__(self, store: ObjectStore, others: Iterable[str] = ()) -> None:
+        self._stores = {"": store, **{bucket: store.sibling(bucket) for bucket in others if bucket != store.bucket}}
+        self._own_bucket = store.bucket
+
+    def locate(self, uri: str) -> tuple[str, str]:
+        """Return (bucket, key) of a URI; the bucket is empty for this service's own.
+
+        Raises:
+            InvalidArgumentError: it is in no bucket that may be read.
+        """
+        bucket = urlsplit(uri).netloc
+        if bucket != self._own_bucket and bucket in self._stores:
+            return bucket, self._stores[bucket].key_of(uri)
+        return "", self._stores[""].key_of(uri)
+
+    def store_of(self, file: ImageFile) -> ObjectStore:
+        """Return the store that holds a file."""
+        return self._stores[file.bucket]
 
 
 def fetch_image(store: ObjectStore, file: ImageFile) -> bytes:

@@ -43,6 +43,8 @@ _SIGNATURES = {
 }
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION_TAG = 0x0112
+_FIRST_TURNED = 5
+"""From this EXIF orientation on, width and height change places."""
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,6 +91,13 @@ def inspect_image(body: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image
         format_name = _format_of(image)
         height, width = _decode(image, body).shape[1:]
     return ImageDescription(width=width, height=height, format=format_name)
+
+
+def read_size(body: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """Return (width, height) in pixels after the EXIF rotation, from the header; raise ImageRejectedError as others."""
+    with _opened(body, max_pixels) as image:
+        is_turned = _orientation(image) >= _FIRST_TURNED
+        return (image.height, image.width) if is_turned else (image.width, image.height)
 
 
 def read_pixels(body: bytes, plan: ResizeCrop, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
@@ -258,7 +267,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _rotate(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     """Undo an EXIF orientation of (H, W, C) pixels as ImageOps.exif_transpose does."""
-    if orientation >= 5:
+    if orientation >= _FIRST_TURNED:
         pixels = pixels.transpose(0, 1)
     flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
     return pixels.flip(flips) if flips else pixels

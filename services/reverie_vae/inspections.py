@@ -10,7 +10,7 @@ from reverie_common.errors import IntegrityError, ObjectNotFoundError
 from reverie_common.storage import JSON_MEDIA_TYPE, ObjectStore
 from reverie_common.storage.keys import inspection_key
 
-from reverie_vae.files import ImageFile, fetch_image, require_stored
+from reverie_vae.files import ImageFile, ImageSources, fetch_image, require_stored
 from reverie_vae.images import INSPECTION_VERSION, ImageDescription, inspect_image, refuse_many_pixels
 from reverie_vae.metrics import STAGE_SECONDS
 
@@ -21,13 +21,15 @@ class Inspections:
     """Opens image files once. Belongs to one event loop.
 
     Args:
-        store: Where the files are, and the findings go.
+        store: Where the findings go.
+        sources: Where the files are.
         decoders: Where files are fetched and decoded.
         max_pixels: Images over this many pixels are rejected.
     """
 
-    def __init__(self, *, store: ObjectStore, decoders: Executor, max_pixels: int) -> None:
+    def __init__(self, *, store: ObjectStore, sources: ImageSources, decoders: Executor, max_pixels: int) -> None:
         self._store = store
+        self._sources = sources
         self._decoders = decoders
         self._max_pixels = max_pixels
         self._flights: SingleFlight[ImageFile, ImageDescription] = SingleFlight()
@@ -49,7 +51,7 @@ class Inspections:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self._open, file)
 
     def _remembered(self, file: ImageFile) -> ImageDescription | None:
-        require_stored(self._store, file)
+        require_stored(self._sources.store_of(file), file)
         key = inspection_key(file.sha256, str(INSPECTION_VERSION))
         try:
             body = self._store.get(key, max_size_bytes=_MAX_RECORD_BYTES)
@@ -61,7 +63,7 @@ class Inspections:
 
     def _open(self, file: ImageFile) -> ImageDescription:
         with STAGE_SECONDS.labels("read").time():
-            description = inspect_image(fetch_image(self._store, file), max_pixels=self._max_pixels)
+            description = inspect_image(fetch_image(self._sources.store_of(file), file), max_pixels=self._max_pixels)
         body = json.dumps(asdict(description), sort_keys=True).encode()
         self._store.create(inspection_key(file.sha256, str(INSPECTION_VERSION)), body, media_type=JSON_MEDIA_TYPE)
         return description

@@ -19,7 +19,7 @@ from reverie_common.storage.derived import DerivedTensor, DerivedTensors
 from reverie_common.storage.keys import JSON, content_digest, latent_key, sample_key
 
 from reverie_vae.engine import VaeEngine, VaeFacts
-from reverie_vae.files import ImageFile, fetch_image
+from reverie_vae.files import ImageFile, ImageSources, fetch_image
 from reverie_vae.images import TRANSFORM_VERSION, ResizeCrop, read_pixels
 from reverie_vae.metrics import LATENTS, STAGE_SECONDS, BatchMetrics
 
@@ -34,7 +34,8 @@ class Latents:
 
     Args:
         engine: The loaded VAE; gets a thread of its own.
-        store: Where images are and latents go.
+        store: Where latents go.
+        sources: Where images are.
         decoders: Where files are fetched, decoded and resized, and PNG files are written.
         max_pixels: Images over this many pixels are rejected.
         limits: Of the encoding batches and their queue.
@@ -45,12 +46,14 @@ class Latents:
         *,
         engine: VaeEngine,
         store: ObjectStore,
+        sources: ImageSources,
         decoders: ThreadPoolExecutor,
         max_pixels: int,
         limits: BatchLimits,
     ) -> None:
         self._engine = engine
         self._store = store
+        self._sources = sources
         self._decoders = decoders
         self._max_pixels = max_pixels
         self._derived = DerivedTensors(store)
@@ -124,7 +127,7 @@ class Latents:
 
     def _read(self, file: ImageFile, plan: ResizeCrop) -> torch.Tensor:
         with STAGE_SECONDS.labels("read").time():
-            return read_pixels(fetch_image(self._store, file), plan, max_pixels=self._max_pixels)
+            return read_pixels(fetch_image(self._sources.store_of(file), file), plan, max_pixels=self._max_pixels)
 
     def _decode(self, batch: Sequence[RawTensor]) -> list[list[np.ndarray]]:
         return [self._engine.decode(latents) for latents in batch]

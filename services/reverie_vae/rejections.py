@@ -14,6 +14,7 @@ class Reason(StrEnum):
     ANIMATED = "ANIMATED"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     TOO_MANY_BYTES = "TOO_MANY_BYTES"
+    OTHER_PROPORTIONS = "OTHER_PROPORTIONS"
 
 
 class ImageRejectedError(Exception):

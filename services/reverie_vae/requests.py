@@ -14,6 +14,9 @@ from reverie_vae.images import ResizeCrop
 KeyOf = Callable[[str], str]
 """Key of a URI in this service's store; raises InvalidArgumentError for another store's."""
 
+Locate = Callable[[str], tuple[str, str]]
+"""(bucket, key) of a URI; raises InvalidArgumentError for a bucket that may not be read."""
+
 MAX_IMAGES = 1024
 BUCKET_STEP = 64
 MAX_BUCKET_PIXELS = 4 * 1024 * 1024
@@ -25,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LATENT_DTYPES = ("F32", "BF16", "F16")
 
 
-def checked_images(request: vae_pb2.InspectImagesRequest, key_of: KeyOf) -> list[ImageFile]:
+def checked_images(request: vae_pb2.InspectImagesRequest, locate: Locate) -> list[ImageFile]:
     """The files of a request.
 
     Raises:
@@ -33,25 +36,25 @@ def checked_images(request: vae_pb2.InspectImagesRequest, key_of: KeyOf) -> list
     """
     violations = [*_count_violations(len(request.images))]
     for index, ref in enumerate(request.images):
-        violations += _object_violations(f"images[{index}]", ref, key_of)
+        violations += _object_violations(f"images[{index}]", ref, locate)
     _refuse(violations)
-    return [_file(ref, key_of) for ref in request.images]
+    return [_file(ref, locate) for ref in request.images]
 
 
 def checked_plans(
-    request: vae_pb2.EncodeImagesRequest, key_of: KeyOf, *, downsampling: int
+    plans: Sequence[vae_pb2.ImagePlan], locate: Locate, *, field: str = "images", downsampling: int
 ) -> list[tuple[ImageFile, ResizeCrop]]:
-    """The files and plans of a request.
+    """The files and plans of a request; `field` is its list of them.
 
     Raises:
         InvalidArgumentError: with every wrong field.
     """
-    violations = [*_count_violations(len(request.images))]
-    for index, plan in enumerate(request.images):
-        violations += _object_violations(f"images[{index}].image", plan.image, key_of)
-        violations += _plan_violations(f"images[{index}]", plan, step=max(BUCKET_STEP, downsampling))
+    violations = [*_count_violations(len(plans), field)]
+    for index, plan in enumerate(plans):
+        violations += _object_violations(f"{field}[{index}].image", plan.image, locate)
+        violations += _plan_violations(f"{field}[{index}]", plan, step=max(BUCKET_STEP, downsampling))
     _refuse(violations)
-    return [(_file(plan.image, key_of), _resize_crop(plan)) for plan in request.images]
+    return [(_file(plan.image, locate), _resize_crop(plan)) for plan in plans]
 
 
 def check_latents(ref: TensorRef, key_of: KeyOf, facts: VaeFacts) -> None:
@@ -75,19 +78,19 @@ def _refuse(violations: Sequence[FieldViolation]) -> None:
         raise InvalidArgumentError(message, violations=violations)
 
 
-def _count_violations(num_images: int) -> Iterator[FieldViolation]:
+def _count_violations(num_images: int, field: str = "images") -> Iterator[FieldViolation]:
     if not 1 <= num_images <= MAX_IMAGES:
-        description = f"{num_images} images, must be 1 to {MAX_IMAGES}; split the request"
-        yield FieldViolation(field="images", description=description)
+        description = f"{num_images} {field}, must be 1 to {MAX_IMAGES}; split the request"
+        yield FieldViolation(field=field, description=description)
 
 
-def _object_violations(field: str, ref: ObjectRef, key_of: KeyOf) -> Iterator[FieldViolation]:
-    return _reference_violations(field, ref.uri, ref.sha256, key_of)
+def _object_violations(field: str, ref: ObjectRef, locate: Locate) -> Iterator[FieldViolation]:
+    return _reference_violations(field, ref.uri, ref.sha256, locate)
 
 
-def _reference_violations(field: str, uri: str, sha256: str, key_of: KeyOf) -> Iterator[FieldViolation]:
+def _reference_violations(field: str, uri: str, sha256: str, find: KeyOf | Locate) -> Iterator[FieldViolation]:
     try:
-        key_of(uri)
+        find(uri)
     except InvalidArgumentError as error:
         yield FieldViolation(field=f"{field}.uri", description=error.message)
     if not _SHA256.fullmatch(sha256):
@@ -126,8 +129,9 @@ def _latent_shape_violations(shape: tuple[int, ...], facts: VaeFacts) -> Iterato
         yield FieldViolation(field="latents.shape", description=description)
 
 
-def _file(ref: ObjectRef, key_of: KeyOf) -> ImageFile:
-    return ImageFile(key=key_of(ref.uri), sha256=ref.sha256, size_bytes=ref.size_bytes)
+def _file(ref: ObjectRef, locate: Locate) -> ImageFile:
+    bucket, key = locate(ref.uri)
+    return ImageFile(bucket=bucket, key=key, sha256=ref.sha256, size_bytes=ref.size_bytes)
 
 
 def _resize_crop(plan: vae_pb2.ImagePlan) -> ResizeCrop:

@@ -11,8 +11,10 @@ from reverie_hidream.checkpoint import resolve_checkpoint
 from reverie_hidream.tiny_decoder import PART as PREVIEW_PART
 
 from reverie_vae.engine import VaeEngine, load_engine
+from reverie_vae.files import ImageSources
 from reverie_vae.inspections import Inspections
 from reverie_vae.latents import Latents
+from reverie_vae.masks import Masks
 from reverie_vae.metrics import MODEL_LOAD_SECONDS
 from reverie_vae.previews import Previews, find_decoder
 from reverie_vae.servicer import VaeDomain, VaeServicer
@@ -50,15 +52,26 @@ class VaeService:
         settings = self._settings
         checkpoint = await asyncio.to_thread(_resolve, settings, self._store)
         engine = await asyncio.to_thread(load_vae_engine, settings, checkpoint)
+        sources = ImageSources(self._store, settings.source_buckets)
         self._latents = Latents(
             engine=engine,
             store=self._store,
+            sources=sources,
             decoders=self._decoders,
             max_pixels=settings.max_pixels,
             limits=settings.batch_limits(),
         )
         self._latents.start()
-        inspections = Inspections(store=self._store, decoders=self._decoders, max_pixels=settings.max_pixels)
+        inspections = Inspections(
+            store=self._store, sources=sources, decoders=self._decoders, max_pixels=settings.max_pixels
+        )
+        masks = Masks(
+            store=self._store,
+            sources=sources,
+            decoders=self._decoders,
+            max_pixels=settings.max_pixels,
+            downsampling=engine.facts.downsampling,
+        )
         self._previews = Previews(
             location=find_decoder(settings.preview_decoder, checkpoint),
             cache_dir=settings.cache_dir,
@@ -68,7 +81,12 @@ class VaeService:
         )
         self._servicer.serve(
             VaeDomain(
-                inspections=inspections, latents=self._latents, previews=self._previews, key_of=self._store.key_of
+                inspections=inspections,
+                latents=self._latents,
+                masks=masks,
+                previews=self._previews,
+                key_of=self._store.key_of,
+                locate=sources.locate,
             )
         )
 

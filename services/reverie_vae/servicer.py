@@ -13,10 +13,11 @@ from reverie_vae.files import ImageFile
 from reverie_vae.images import ResizeCrop
 from reverie_vae.inspections import Inspections
 from reverie_vae.latents import Latents
+from reverie_vae.masks import Masks
 from reverie_vae.metrics import REJECTIONS
 from reverie_vae.previews import Previews
 from reverie_vae.rejections import ImageRejectedError
-from reverie_vae.requests import KeyOf, check_latents, checked_images, checked_plans
+from reverie_vae.requests import KeyOf, Locate, check_latents, checked_images, checked_plans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,9 @@ class VaeDomain:
     inspections: Inspections
     latents: Latents
     previews: Previews
+    masks: Masks
     key_of: KeyOf
+    locate: Locate
 
 
 class VaeServicer(VaeServiceServicer):
@@ -46,7 +49,7 @@ class VaeServicer(VaeServiceServicer):
         """See the proto."""
         del context
         domain = self._domain()
-        files = checked_images(request, domain.key_of)
+        files = checked_images(request, domain.locate)
 
         async def inspect(numbered: tuple[int, ImageFile]) -> vae_pb2.InspectImagesResponse:
             index, file = numbered
@@ -66,7 +69,7 @@ class VaeServicer(VaeServiceServicer):
         """See the proto."""
         del context
         domain = self._domain()
-        plans = checked_plans(request, domain.key_of, downsampling=domain.latents.facts.downsampling)
+        plans = checked_plans(request.images, domain.locate, downsampling=domain.latents.facts.downsampling)
 
         async def encode(numbered: tuple[int, tuple[ImageFile, ResizeCrop]]) -> vae_pb2.EncodeImagesResponse:
             index, (file, plan) = numbered
@@ -76,6 +79,26 @@ class VaeServicer(VaeServiceServicer):
                 return vae_pb2.EncodeImagesResponse(image_index=index, rejection=_rejection(error))
             moments = vae_pb2.LatentMoments(tensor=made.ref)
             return vae_pb2.EncodeImagesResponse(image_index=index, moments=moments, cached=made.cached)
+
+        async for response in as_ready(enumerate(plans), encode, max_in_flight=self._max_in_flight):
+            yield response
+
+    async def EncodeMasks(  # noqa: N802 - gRPC's name
+        self, request: vae_pb2.EncodeMasksRequest, context: Any
+    ) -> AsyncIterator[vae_pb2.EncodeMasksResponse]:
+        """See the proto."""
+        del context
+        domain = self._domain()
+        downsampling = domain.latents.facts.downsampling
+        plans = checked_plans(request.masks, domain.locate, field="masks", downsampling=downsampling)
+
+        async def encode(numbered: tuple[int, tuple[ImageFile, ResizeCrop]]) -> vae_pb2.EncodeMasksResponse:
+            index, (file, plan) = numbered
+            try:
+                made = await domain.masks.encode(file, plan)
+            except ImageRejectedError as error:
+                return vae_pb2.EncodeMasksResponse(mask_index=index, rejection=_rejection(error))
+            return vae_pb2.EncodeMasksResponse(mask_index=index, mask=made.ref, cached=made.cached)
 
         async for response in as_ready(enumerate(plans), encode, max_in_flight=self._max_in_flight):
             yield response

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from reverie_common.concurrency import BatchLimits
-from reverie_common.settings import ServerSettings, StoreSettings
+from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
 
 from reverie_vae.limits import DEFAULT_MAX_PIXELS
 
@@ -46,6 +46,10 @@ class VaeSettings(ServerSettings, StoreSettings):
 
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
     """Images over this many pixels are rejected before they are decoded."""
+
+    source_buckets: CommaSeparated = ()
+    """Other buckets of the store's server whose images may be read where they are, BUCKET[,BUCKET]; the trainer's
+    setting of the same name says which may be imported."""
 
     max_batch_size: int = Field(default=4, ge=1, le=64)
     """Images of one size in one forward."""

@@ -29,6 +29,11 @@ class Vae:
         async for response in stream(self._stub.EncodeImages, pb.EncodeImagesRequest(images=plans), self._policy):
             yield response
 
+    async def encode_masks(self, plans: Sequence[pb.ImagePlan]) -> AsyncIterator[pb.EncodeMasksResponse]:
+        """Yield each mask at latent size or the reason why it cannot be used, in any order."""
+        async for response in stream(self._stub.EncodeMasks, pb.EncodeMasksRequest(masks=plans), self._policy):
+            yield response
+
     async def decode(self, latents: TensorRef) -> tuple[ObjectRef, ...]:
         """Return one PNG in the store for each of the scaled latents [N, 16, height/8, width/8]."""
         answer = await call(self._stub.DecodeLatents, pb.DecodeLatentsRequest(latents=latents), self._policy)

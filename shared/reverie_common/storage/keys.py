@@ -51,6 +51,11 @@ def latent_key(vae_fingerprint: str, digest: str) -> str:
     return f"v1/latent/{vae_fingerprint}/{_split(digest)}"
 
 
+def mask_key(digest: str) -> str:
+    """One mask at latent size under one crop plan."""
+    return f"v1/mask/{_split(digest)}"
+
+
 def sample_key(digest: str) -> str:
     """One drawn picture."""
     return f"v1/sample/{_split(digest)}"

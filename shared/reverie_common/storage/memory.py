@@ -23,6 +23,7 @@ class MemoryStore:
     def __init__(self, bucket: str = "memory") -> None:
         self.bucket = bucket
         self._objects: dict[str, bytes] = {}
+        self._siblings: dict[str, MemoryStore] = {bucket: self}
         self._lock = threading.Lock()
 
     def get(self, key: str, *, sha256: str | None = None, max_size_bytes: int | None = None) -> bytes:
@@ -77,6 +78,15 @@ class MemoryStore:
     def key_of(self, uri: str) -> str:
         """See ObjectStore."""
         return key_in_bucket(self.bucket, uri)
+
+    def sibling(self, bucket: str) -> "MemoryStore":
+        """See ObjectStore."""
+        with self._lock:
+            if bucket not in self._siblings:
+                other = MemoryStore(bucket)
+                other._siblings = self._siblings
+                self._siblings[bucket] = other
+            return self._siblings[bucket]
 
     def presign_get(self, key: str, *, expires: timedelta) -> str:
         """A `memory://` URL: there is nobody else to give it to."""

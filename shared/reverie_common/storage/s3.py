@@ -6,6 +6,7 @@ that header into metadata and overwrites. The region is given, so the client nev
 
 import io
 from collections.abc import Callable, Iterator
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -214,6 +215,14 @@ class S3Store:
     def key_of(self, uri: str) -> str:
         """See ObjectStore."""
         return key_in_bucket(self.bucket, uri)
+
+    def sibling(self, bucket: str) -> "S3Store":
+        """See ObjectStore; shares the connections."""
+        other = copy(self)
+        other.bucket = bucket
+        other._address = StoreAddress(endpoint=self.endpoint, bucket=bucket)
+        other._retries = Retries(limit_seconds=self._retries.limit_seconds, address=other._address)
+        return other
 
     def presign_get(self, key: str, *, expires: timedelta) -> str:
         """See ObjectStore; signs without asking the store."""

@@ -102,6 +102,10 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def sibling(self, bucket: str) -> "ObjectStore":
+        """Another bucket of the same server, under the same credentials; it need not exist yet."""
+        ...
+
     def presign_get(self, key: str, *, expires: timedelta) -> str:
         """URL with which anyone may read one object until it expires (at most 7 days)."""
         ...

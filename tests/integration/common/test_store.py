@@ -39,6 +39,16 @@ def test_creating_never_overwrites_large_objects(store: ObjectStore) -> None:
     assert store.get("a") == body
 
 
+def test_a_sibling_is_another_bucket(store: ObjectStore) -> None:
+    sibling = store.sibling(f"{store.bucket[:50]}-other")
+    if isinstance(sibling, S3Store):
+        sibling.make_bucket()
+    sibling.create("a", b"there")
+    assert store.head("a") is None
+    assert store.sibling(sibling.bucket).get("a") == b"there"
+    assert sibling.uri("a") == f"s3://{sibling.bucket}/a"
+
+
 def test_replacing_overwrites(store: ObjectStore) -> None:
     store.replace("a", b"first")
     store.replace("a", b"second")

@@ -2420,7 +2420,7 @@ class PreparationProgress(_message.Message):
     NUM_TOTAL_FIELD_NUMBER: _builtins.int
     NUM_CACHED_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """`inspect`, `encode_prompts` or `encode_images`."""
+    """`inspect`, `encode_prompts`, `encode_images` or `encode_masks`."""
     num_done: _builtins.int
     """Items done."""
     num_total: _builtins.int

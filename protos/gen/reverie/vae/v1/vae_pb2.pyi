@@ -44,6 +44,8 @@ class _RejectionReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejec
     """The stored bytes do not match the digest of the reference."""
     REJECTION_REASON_TOO_MANY_BYTES: _RejectionReason.ValueType  # 8
     """A file over 256 MiB."""
+    REJECTION_REASON_OTHER_PROPORTIONS: _RejectionReason.ValueType  # 9
+    """A mask of other proportions than its image."""
 
 class RejectionReason(_RejectionReason, metaclass=_RejectionReasonEnumTypeWrapper):
     """Why an image cannot be used."""
@@ -66,6 +68,8 @@ REJECTION_REASON_DIGEST_MISMATCH: RejectionReason.ValueType  # 7
 """The stored bytes do not match the digest of the reference."""
 REJECTION_REASON_TOO_MANY_BYTES: RejectionReason.ValueType  # 8
 """A file over 256 MiB."""
+REJECTION_REASON_OTHER_PROPORTIONS: RejectionReason.ValueType  # 9
+"""A mask of other proportions than its image."""
 Global___RejectionReason: _TypeAlias = RejectionReason  # noqa: Y015
 
 @_typing.final
