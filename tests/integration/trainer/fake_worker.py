@@ -1,7 +1,8 @@
 """A worker that trains nothing: it speaks WorkerService like the real one and behaves as the job's trigger words say.
 
 `steps=N` reports N steps and succeeds; `crash=N` dies without a word before step N; `hang=N` stops reporting at step N;
-`stubborn` ignores every request to stop; `fail=N` completes with a failure at step N; `slow=S` takes S seconds a step.
+`stubborn` ignores every request to stop; `previews` sends a preview with each step; `fail=N` completes with a failure
+at step N; `slow=S` takes S seconds a step.
 """
 
 import argparse
@@ -16,6 +17,12 @@ from typing import Any
 import grpc
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2, training_pb2, training_pb2_grpc
+
+PICTURE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a4944415478da63a80700008100"
+    "807e1c29c70000000049454e44ae426082"
+)
+"""A picture of one pixel."""
 
 
 class Worker:
@@ -65,9 +72,10 @@ class Worker:
             job_pb2.TrainingJobEvent(checkpoint=job_pb2.Checkpoint(step=step, adapter=reference(b"%d" % step))),
             job_pb2.TrainingJobEvent(
                 validation_image=job_pb2.ValidationImage(
-                    step=step, prompt_name="cat", width=64, height=64, image=reference(b"png")
+                    step=step, prompt_name="cat", width=64, height=64, image=reference(PICTURE)
                 )
             ),
+            *([self.preview(step)] if "previews" in self.words else []),
         ]
         request = training_pb2.ReportProgressRequest(
             lease_id=self.lease.lease_id,
@@ -78,6 +86,21 @@ class Worker:
         )
         answer = self.call(self.stub.ReportProgress, request)
         self.should_stop = self.should_stop or answer.should_stop
+
+    def preview(self, step: int) -> job_pb2.TrainingJobEvent:
+        """A picture on its way."""
+        return job_pb2.TrainingJobEvent(
+            validation_preview=job_pb2.ValidationPreview(
+                step=step,
+                prompt_name="cat",
+                width=64,
+                height=64,
+                sampling_step=5,
+                num_sampling_steps=20,
+                timestep=640.5,
+                image=reference(PICTURE),
+            )
+        )
 
     def complete(self, outcome: Any, **details: Any) -> None:
         """End the lease."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
 from reverie_common.errors import ReverieError
@@ -16,6 +17,9 @@ from reverie_trainer.jobs.outlets.job_files import JobFiles
 from reverie_trainer.jobs.outlets.model_card import ADAPTER_FILE, CardSample, model_card
 from reverie_trainer.jobs.outlets.outlet import OutletFailedError
 from reverie_trainer.jobs.records import SUCCEEDED
+
+# Its bars are for terminals.
+disable_progress_bars()
 
 logger = logging.getLogger(__name__)
 

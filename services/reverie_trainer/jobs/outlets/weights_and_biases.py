@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,10 @@ from reverie_common.storage import ObjectStore, get_object
 from reverie_trainer.jobs.outlets.outlet import OutletFailedError
 from reverie_trainer.jobs.outlets.series import scalars_of
 
+logger = logging.getLogger(__name__)
+
 _FINISH_SECONDS = 120.0
+_CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +74,14 @@ class WandbOutlet:
     async def finish(self, job: job_pb2.TrainingJob) -> None:
         """See Outlet."""
         await self._send({"summary": {"step": job.step, "num_worker_starts": job.num_worker_starts}}, job)
-        await self._end()
+        await self._end(_FINISH_SECONDS)
 
     async def close(self) -> None:
         """See Outlet."""
-        if self._process is not None and self._process.returncode is None:
-            await self._end()
+        try:
+            await self._end(_CLOSE_SECONDS)
+        except OutletFailedError as error:
+            logger.warning("the wandb process of %s did not end well: %s", self._run.run_id, error.message)
 
     async def _send_picture(self, picture: job_pb2.ValidationImage, job: job_pb2.TrainingJob) -> None:
         try:
@@ -99,39 +105,45 @@ class WandbOutlet:
             raise OutletFailedError(message=await self._why_it_ended(process)) from error
 
     async def _start(self, job: job_pb2.TrainingJob) -> asyncio.subprocess.Process:
-        self._run.directory.mkdir(parents=True, exist_ok=True)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "reverie_trainer.jobs.outlets.wandb_process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(self._run.environment()),
-        )
+        await asyncio.to_thread(self._run.directory.mkdir, parents=True, exist_ok=True)
+        # Into a file: a pipe that nobody reads would stop the process once it is full.
+        with self._log_file.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "reverie_trainer.jobs.outlets.wandb_process",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=dict(self._run.environment()),
+            )
         await self._send(self._run.hello(job), job)
         return self._process
 
-    async def _end(self) -> None:
+    async def _end(self, seconds: float) -> None:
+        """End the process, by force after so long."""
         process = self._process
         if process is None or process.stdin is None:
             return
         process.stdin.close()
         try:
-            async with asyncio.timeout(_FINISH_SECONDS):
-                why = await self._why_it_ended(process)
+            async with asyncio.timeout(seconds):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
-            raise OutletFailedError(message=f"it did not end within {_FINISH_SECONDS:g} s and was killed") from None
+        self._process = None
         if process.returncode:
-            raise OutletFailedError(message=why)
+            raise OutletFailedError(message=await self._why_it_ended(process))
 
     async def _why_it_ended(self, process: asyncio.subprocess.Process) -> str:
-        log = await process.stderr.read() if process.stderr is not None else b""
         await process.wait()
-        lines = log.decode("utf-8", "replace").strip().splitlines()
+        lines = (await asyncio.to_thread(self._log_file.read_bytes)).decode("utf-8", "replace").strip().splitlines()
         return f"the wandb process ended with status {process.returncode}: {lines[-1][:300] if lines else 'no message'}"
+
+    @property
+    def _log_file(self) -> Path:
+        return self._run.directory / "process.log"
 
 
 def _write(file: Path, body: bytes) -> None:
