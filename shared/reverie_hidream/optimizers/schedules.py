@@ -30,7 +30,7 @@ def learning_rate_at(
     * constant, constant_with_warmup: 1, whatever `end` is
     * linear: 1 - p; polynomial: (1 - p) ** power
     * cosine: (1 + cos(pi p)) / 2; cosine_with_restarts: the same, `num_cycles` times over, each from the full rate
-    * sine: (1 + cos(2 pi p num_cycles)) / 2, smoothly down to `end` and up again `num_cycles` times
+    * sine: (1 + cos(pi p (2 num_cycles - 1))) / 2, smoothly down to `end` `num_cycles` times, and up in between
 
     Args:
         step: from 1.
@@ -63,4 +63,5 @@ def _factor(schedule: str, progress: float, *, power: float, num_cycles: int) ->
         # The end of the last cycle is an end, not the next one's beginning.
         within = math.fmod(progress * num_cycles, 1.0) if progress < 1.0 else 1.0
         return 0.5 * (1.0 + math.cos(math.pi * within))
-    return 0.5 * (1.0 + math.cos(2.0 * math.pi * progress * num_cycles))
+    # Half a wave more down than up, so that it ends at its end.
+    return 0.5 * (1.0 + math.cos(math.pi * progress * (2 * num_cycles - 1)))
