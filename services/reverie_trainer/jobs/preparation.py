@@ -160,8 +160,12 @@ class _Preparation:
             prepared = await self._prepare_anew(encoders)
             manifest = await self._in_store(lambda: save_prepared(self._store, digest, prepared))
         require_batches(self._spec, manifest.buckets)
+        await self._tell_errors(manifest.report)
         report = job_pb2.PreparationReport()
         report.CopyFrom(manifest.report)
+        if self._spec.embedding_storage == "on_demand":
+            # Only the empty caption was asked for; the worker asks for the others.
+            report.num_prompts_cached = min(report.num_prompts_cached, 1)
         # A manifest is shared by jobs of other batches, which oversubscription fills otherwise.
         scheduled = scheduled_buckets(manifest.buckets, self._spec)
         report.samples_per_epoch = sum(bucket.num_samples for bucket in scheduled)
@@ -174,17 +178,21 @@ class _Preparation:
         planned = self._plan(inspected)
         require_batches(self._spec, _buckets_of(self._spec, planned))
         prompts = sorted({"", *(caption for item in planned for caption in item.captions)})
+        is_later = self._spec.embedding_storage == "on_demand"
+        # The empty caption is needed for the whole job.
+        wanted, storage = ([""], "exact") if is_later else (prompts, self._spec.embedding_storage)
         encoded, usable = await both(
-            encode_prompts(prompts, encoders, self._progress("encode_prompts", len(prompts))),
+            encode_prompts(wanted, encoders, self._progress("encode_prompts", len(wanted)), storage),
             self._encode_pictures(planned),
         )
         self._require_images(usable)
-        report = self._report(usable, encoded)
+        report = self._report(usable, encoded, len(prompts))
         await self._tell_losses(report, encoded)
         return Prepared(
             choices=self._spec.datasets,
             samples=tuple(_prepared_sample(item, self._spec.datasets[item.choice]) for item in usable),
             embeddings=encoded.embeddings,
+            encoders=encoders.fingerprints,
             buckets=tuple(_buckets_of(self._spec, usable)),
             report=report,
         )
@@ -308,18 +316,21 @@ class _Preparation:
                 more = f"; and {len(rejected) - _MAX_NAMED} more" if len(rejected) > _MAX_NAMED else ""
                 raise JobFailedError("DATASET_EMPTY", message + why + more, EMPTY_REMEDY)
 
-    def _report(self, candidates: Sequence[_Candidate], encoded: EncodedPrompts) -> job_pb2.PreparationReport:
+    def _report(
+        self, candidates: Sequence[_Candidate], encoded: EncodedPrompts, num_prompts: int
+    ) -> job_pb2.PreparationReport:
         rejected = sorted(self._rejections.items, key=lambda item: (item.dataset, item.sample))
         truncated = [message for item in candidates for message in self._truncations(item, encoded)]
         buckets = _buckets_of(self._spec, candidates)
         return job_pb2.PreparationReport(
             num_images=sum(not self._is_evaluation(item) for item in candidates),
             num_images_cached=self._num_images_cached,
-            num_prompts=len(encoded.embeddings),
+            num_prompts=num_prompts,
             num_prompts_cached=encoded.num_cached,
             rejected=rejected[:MAX_REJECTED],
             buckets=bucket_reports(buckets),
             truncated=truncated[:MAX_TRUNCATED],
+            embedding_errors=encoded.errors(),
         )
 
     def _truncations(self, candidate: _Candidate, encoded: EncodedPrompts) -> list[job_pb2.TruncatedCaption]:
@@ -349,6 +360,16 @@ class _Preparation:
                 "CAPTIONS_TRUNCATED",
                 f"{len(encoded.cuts)} captions are longer than an encoder reads; the job's preparation report shows "
                 "what was cut off. Say what matters first, or shorten them.",
+            )
+
+    async def _tell_errors(self, report: job_pb2.PreparationReport) -> None:
+        if report.embedding_errors:
+            parts = [
+                f"{each.encoder} by {each.mean:.2%} on average, {each.max:.2%} at most"
+                for each in report.embedding_errors
+            ]
+            await self._task.notice(
+                "EMBEDDINGS_CHANGED", f"compact storage changes the embeddings of {'; of '.join(parts)} (relative norm)"
             )
 
     def _progress(self, stage: str, num_total: int) -> StageProgress:

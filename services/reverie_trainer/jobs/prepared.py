@@ -47,6 +47,8 @@ class Prepared:
     embeddings: Mapping[str, Mapping[str, common_pb2.TensorRef]]
     """By prompt, the empty one included, and by name of the encoder."""
     buckets: tuple[Bucket, ...]
+    encoders: Mapping[str, str]
+    """Fingerprints by name: what embeddings that are made later must depend on too."""
     report: job_pb2.PreparationReport
     """What people are told; what was cached is left out of the manifest, which is the same whoever makes it."""
 
@@ -75,6 +77,7 @@ def prepared_digest(
             "datasets": [_choice_record(choice, dataset_versions[choice.dataset]) for choice in spec.datasets],
             "rounding": spec.aspect_bucket_rounding,
             "encoders": dict(encoder_fingerprints),
+            "embedding_storage": spec.embedding_storage,
             "vae": vae_fingerprint,
             "max_pixels": max_pixels,
             # Only where something is drawn; other jobs share whatever their seeds are.
@@ -130,6 +133,7 @@ def _body(prepared: Prepared) -> bytes:
         "datasets": [_source_record(choice) for choice in prepared.choices],
         "samples": [_sample_record(sample, references) for sample in prepared.samples],
         "empty_caption": _caption_record("", references),
+        "encoders": dict(prepared.encoders),
         "buckets": [asdict(bucket) for bucket in prepared.buckets],
         "report": _to_json(report),
     }
@@ -165,7 +169,8 @@ def _sample_record(sample: PreparedSample, references: Mapping[str, Mapping[str,
 
 
 def _caption_record(text: str, references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {"text": text, "embeddings": references[text]}
+    # What is encoded on demand has no references yet.
+    return {"text": text, "embeddings": references.get(text, {})}
 
 
 def _to_json(message: common_pb2.TensorRef | job_pb2.PreparationReport) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Which address encodes with what, and having prompts encoded by all of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reverie.common.v1 import common_pb2
 from reverie.encoder.v1 import encoder_pb2
+from reverie.training.v1 import job_pb2
 
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.patience import Notice, Patience, ask_in_chunks, patiently, together
@@ -61,6 +63,18 @@ class EncodedPrompts:
     """By prompt, only prompts that were cut."""
     num_cached: int
     """Prompts of which every embedding was in the store before."""
+
+    def errors(self) -> list[job_pb2.EmbeddingError]:
+        """Return what storing changed, over all prompts, for each encoder of which it changed anything."""
+        by_encoder: dict[str, list[float]] = {}
+        for references in self.embeddings.values():
+            for name, reference in references.items():
+                by_encoder.setdefault(name, []).append(reference.relative_error)
+        return [
+            job_pb2.EmbeddingError(encoder=name, mean=math.fsum(errors) / len(errors), max=max(errors))
+            for name, errors in sorted(by_encoder.items())
+            if any(errors)
+        ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,8 +134,10 @@ async def plan_encoders(clients: Sequence[EncoderClient], patience_seconds: floa
     return EncoderPlan(hosts=tuple(hosts))
 
 
-async def encode_prompts(prompts: Sequence[str], plan: EncoderPlan, progress: StageProgress) -> EncodedPrompts:
-    """Have distinct prompts encoded by every encoder; waits while an address is away.
+async def encode_prompts(
+    prompts: Sequence[str], plan: EncoderPlan, progress: StageProgress, storage: str = "exact"
+) -> EncodedPrompts:
+    """Have distinct prompts encoded by every encoder, kept as `storage` says; waits while an address is away.
 
     Raises:
         JobFailedError: an address was away for too long.
@@ -129,13 +145,13 @@ async def encode_prompts(prompts: Sequence[str], plan: EncoderPlan, progress: St
     """
     collector = _Collector(num_encoders=len(plan.descriptions), progress=progress)
     await progress.begin()
-    await together(*(_encode_at(host, prompts, collector) for host in plan.hosts))
+    await together(*(_encode_at(host, prompts, collector, storage) for host in plan.hosts))
     return EncodedPrompts(
         embeddings=collector.embeddings, cuts=collector.cuts, num_cached=len(set(prompts) - collector.fresh)
     )
 
 
-async def _encode_at(host: EncoderHost, prompts: Sequence[str], collector: _Collector) -> None:
+async def _encode_at(host: EncoderHost, prompts: Sequence[str], collector: _Collector, storage: str) -> None:
     encoders = [item.encoder for item in host.descriptions]
 
     async def on_answer(index: int, response: encoder_pb2.EncodePromptsResponse) -> None:
@@ -143,7 +159,7 @@ async def _encode_at(host: EncoderHost, prompts: Sequence[str], collector: _Coll
 
     await ask_in_chunks(
         prompts,
-        lambda part: host.client.encode(part, encoders),
+        lambda part: host.client.encode(part, encoders, storage),
         on_answer,
         patience=host.patience,
         chunk_size=_CHUNK,

@@ -46,10 +46,10 @@ class EncoderClient:
         return list(response.encoders)
 
     async def encode(
-        self, prompts: Sequence[str], encoders: Sequence[encoder_pb2.Encoder.ValueType]
+        self, prompts: Sequence[str], encoders: Sequence[encoder_pb2.Encoder.ValueType], storage: str
     ) -> AsyncGenerator[tuple[int, encoder_pb2.EncodePromptsResponse], None]:
-        """Yield (index, embeddings) of prompts, in any order."""
-        request = encoder_pb2.EncodePromptsRequest(prompts=prompts, encoders=encoders)
+        """Yield (index, embeddings) of prompts, in any order; `storage` as in the job's embedding_storage."""
+        request = encoder_pb2.EncodePromptsRequest(prompts=prompts, encoders=encoders, storage=storage)
         with translated():
             async for response in self._stub.EncodePrompts(request, timeout=_CALL_SECONDS):
                 yield response.prompt_index, response

@@ -27,6 +27,7 @@ class Caption:
 
     text: str
     embeddings: Embeddings
+    """Empty where the encoders are asked on demand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,8 @@ class PreparedData:
     samples: tuple[PreparedSample, ...]
     empty_caption: Caption
     """What a caption becomes when it is dropped (spec 3.5)."""
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints by name: what embeddings that are asked for on demand must be made by."""
 
     @property
     def trained_samples(self) -> tuple[PreparedSample, ...]:
@@ -141,11 +144,12 @@ def read_manifest(body: bytes) -> PreparedData:
         sources = tuple(_source(entry) for entry in manifest["datasets"])
         samples = tuple(_sample(entry, sources) for entry in manifest["samples"])
         empty_caption = _caption(manifest["empty_caption"])
+        encoders = {str(name): str(value) for name, value in manifest.get("encoders", {}).items()}
     except (KeyError, IndexError, TypeError, ValueError, ParseError) as error:
         raise IntegrityError(f"prepared manifest is malformed: {error!r}; prepare the job again") from error
     if not samples:
         raise IntegrityError("prepared manifest holds no samples: no images detected in dataset")
-    return PreparedData(sources=sources, samples=samples, empty_caption=empty_caption)
+    return PreparedData(sources=sources, samples=samples, empty_caption=empty_caption, encoders=encoders)
 
 
 def _source(entry: Mapping[str, Any]) -> Source:
