@@ -15,6 +15,7 @@ from reverie_hidream.ema import Ema, EmaSettings
 from reverie_hidream.optimizers import UpdateSettings, build_update, learning_rate_at
 from reverie_hidream.tensor_io import from_raw, to_raw
 from reverie_hidream.training.batch import Batch
+from reverie_hidream.training.evaluation import Evaluation, EvaluationBatch
 from reverie_hidream.training.objective import ObjectiveSettings, ReflexflowSettings, RolloutSettings
 from reverie_hidream.training.step import StepResult, StepSettings, TrainingStep
 
@@ -88,6 +89,15 @@ class TrainingEngine:
                 raise ValueError("this job keeps no running average; give it `ema`")
             with self._ema.swapped():
                 yield
+
+    def evaluate(self, batches: Iterable[EvaluationBatch], num_timesteps: int, which: str = "adapter") -> Evaluation:
+        """Measure the stable evaluation loss of the weights that are worth using; see `weights`. Blocks.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        with self.weights(which):
+            return self._step.evaluate(batches, num_timesteps=num_timesteps)
 
     def export(self, metadata: Mapping[str, str], which: str = "adapter") -> bytes:
         """The adapter as the file that LyCORIS and ComfyUI load (spec 4.6); see `weights`."""

@@ -25,6 +25,7 @@ from reverie.training.v1.job_pb2 import (
     ValidationProgress,
     ValidationScores,
 )
+from reverie.training.v1.measures_pb2 import EvaluationResult
 
 MAX_EVENTS = 1000
 """Events in one report: some 300 bytes each, far below the message limit of 4 MiB."""
@@ -74,6 +75,10 @@ class Outbox:
     def scores(self, scores: ValidationScores) -> None:
         """The pictures of a step were scored."""
         self._add(TrainingJobEvent(validation_scores=scores))
+
+    def evaluation(self, result: EvaluationResult) -> None:
+        """The loss on an evaluation dataset was measured."""
+        self._add(TrainingJobEvent(evaluation=result))
 
     def validation_progress(self, *, step: int, num_done: int, num_total: int) -> None:
         """The sampler moved on."""

@@ -37,6 +37,7 @@ from reverie_trainer.worker.engine import TrainingEngine, objective_settings
 from reverie_trainer.worker.failures import failure_of
 from reverie_trainer.worker.finish import Finisher
 from reverie_trainer.worker.job import LeasedJob, read_job
+from reverie_trainer.worker.measures import Measures
 from reverie_trainer.worker.metrics_log import MetricsLog
 from reverie_trainer.worker.model import ModelLoader, TrainedAdapter
 from reverie_trainer.worker.orders import Order, Orders
@@ -196,6 +197,15 @@ class _Worker:
                 batches=batches,
                 saver=saver,
                 pictures=pictures,
+                measures=Measures(
+                    choice=job.spec.evaluation,
+                    datasets=job.data.evaluation_datasets,
+                    max_steps=job.spec.optimization.max_steps,
+                    clock=schedule.clock,
+                    read_batches=maker.evaluation_batches,
+                    outbox=self.office.outbox,
+                ),
+                clock=schedule.clock,
                 log=log,
                 outbox=self.office.outbox,
                 orders=self.office.orders,

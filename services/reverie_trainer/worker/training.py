@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from reverie.training.v1.job_pb2 import StepMetrics
 from reverie_hidream.training.step import StepResult
 
+from reverie_trainer.jobs.epochs import EpochClock
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.adapter_file import adapter_metadata
 from reverie_trainer.worker.checkpoints import CheckpointContents, CheckpointSaver
 from reverie_trainer.worker.data import BatchLoader
 from reverie_trainer.worker.engine import TrainingEngine
 from reverie_trainer.worker.job import LeasedJob
+from reverie_trainer.worker.measures import Measures
 from reverie_trainer.worker.metrics_log import MetricsLog
 from reverie_trainer.worker.orders import Order, Orders
 from reverie_trainer.worker.outbox import Outbox
@@ -32,6 +35,8 @@ class TrainingLoop:
     batches: BatchLoader
     saver: CheckpointSaver
     pictures: Pictures
+    measures: Measures
+    clock: EpochClock
     log: MetricsLog
     outbox: Outbox
     orders: Orders
@@ -40,13 +45,15 @@ class TrainingLoop:
         """Train until the last step or until an order says otherwise; returns the order. Saves before it ends."""
         if self.job.first_step == 1:
             self.pictures.ask_base()
+            self._measure_if_due(0)
         for step in range(self.job.first_step, self.job.spec.optimization.max_steps + 1):
             if self.orders.current is not Order.GO_ON:
                 return self._end_early(step - 1)
             self._train(step)
             is_asked = self.orders.take_picture_request()
-            if is_asked or self.pictures.is_due(step):
+            if is_asked or self.pictures.is_due(step, self.clock.crosses):
                 self._ask_pictures(step)
+            self._measure_if_due(step)
             if self._is_save_due(step):
                 self._save(step)
         return self.orders.current
@@ -58,6 +65,12 @@ class TrainingLoop:
     def _ask_pictures(self, step: int) -> None:
         for which in DRAWN_WEIGHTS[self.job.spec.ema.validation] if self.job.spec.ema else ("adapter",):
             self.pictures.ask(step, self.adapter_file(step, which), weights=which)
+
+    def _measure_if_due(self, step: int) -> None:
+        if not self.measures.is_due(step):
+            return
+        for which in ("adapter", "ema") if self.engine.has_ema and step else ("adapter",):
+            self.measures.measure(step, partial(self.engine.evaluate, which=which), weights=which)
 
     def _train(self, step: int) -> None:
         begin, waited = time.monotonic(), self.batches.wait_seconds
@@ -79,6 +92,7 @@ class TrainingLoop:
             expert_load=result.expert_load,
             router_entropy=result.router_entropy,
             rollout_share=result.rollout_share,
+            epoch=self.clock.epoch_at(step),
         )
         self.log.add(figures)
         self.outbox.step(figures)
@@ -86,8 +100,10 @@ class TrainingLoop:
         metrics.observe_step(figures)
 
     def _is_save_due(self, step: int) -> bool:
-        every = self.job.spec.checkpoints.every_steps
-        return step == self.job.spec.optimization.max_steps or bool(every and step % every == 0)
+        checkpoints = self.job.spec.checkpoints
+        is_end = step == self.job.spec.optimization.max_steps
+        is_due = bool(checkpoints.every_steps and step % checkpoints.every_steps == 0)
+        return is_end or is_due or self.clock.crosses(step, checkpoints.every_epochs)
 
     def _save(self, step: int) -> None:
         self.saver.save(

@@ -9,12 +9,14 @@ from reverie_common.errors import FieldViolation
 
 from reverie_trainer.jobs.checks.adapter import check_adapter
 from reverie_trainer.jobs.checks.data import check_datasets
+from reverie_trainer.jobs.checks.measures import check_checkpoints, check_evaluation
 from reverie_trainer.jobs.checks.model import check_model
 from reverie_trainer.jobs.checks.optimization import check_optimization
 from reverie_trainer.jobs.checks.optimizers import check_ema
 from reverie_trainer.jobs.checks.outlets import check_outlets
 from reverie_trainer.jobs.checks.pending import check_pending
 from reverie_trainer.jobs.checks.rules import JOB_NAME, MAX_PROMPT_CHARACTERS, name, violation
+from reverie_trainer.jobs.checks.storage import check_storage
 from reverie_trainer.jobs.checks.validation import check_validation, picture_size
 from reverie_trainer.jobs.spec import JobSpec
 
@@ -27,11 +29,14 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
         *name("name", spec.name, JOB_NAME, "[a-z0-9-]"),
         *check_model(spec),
         *check_datasets(spec),
-        *check_adapter(spec.adapter),
+        *check_adapter(spec),
         *check_optimization(spec.optimization),
         *(check_ema(spec.ema) if spec.ema is not None else ()),
         *(check_validation(spec.validation) if spec.validation is not None else ()),
+        *check_evaluation(spec),
+        *check_checkpoints(spec.checkpoints),
         *check_outlets(spec),
+        *check_storage(spec.embedding_storage),
         *_trigger_words(spec.trigger_words),
         *check_pending(spec),
     ]

@@ -12,17 +12,6 @@ from reverie_trainer.jobs.spec import JobSpec
 PENDING = frozenset(
     {
         "memory.offload_during_startup",
-        "adapter.dropout",
-        "adapter.rank_dropout",
-        "adapter.module_dropout",
-        "adapter.dora_wd",
-        "adapter.init_lokr_norm",
-        "adapter.bypass_mode",
-        "adapter.algo",
-        "adapter.rank",
-        "adapter.apply_preset.target_name",
-        "adapter.apply_preset.exclude_name",
-        "adapter.apply_preset.enable_conv",
         "optimization.timestep_sampling",
         "optimization.flow_beta_schedule_alpha",
         "optimization.flow_beta_schedule_beta",
@@ -41,10 +30,6 @@ PENDING = frozenset(
         "optimization.use_load_balancing_loss",
         "optimization.load_balancing_loss_weight",
         "optimization.scheduled_sampling",
-        "checkpoints.every_epochs",
-        "validation.every_epochs",
-        "evaluation",
-        "embedding_storage",
     }
 )
 """Paths without indices; `adapter` stands for whatever kind it is."""

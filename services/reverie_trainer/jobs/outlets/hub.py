@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
 from reverie_common.errors import ReverieError
