@@ -21,6 +21,7 @@ _ALIGNMENT = 256
 """Bytes; what CUDA's allocator gives, and more than any kernel asks for."""
 
 _NUM_SLOTS = 2
+_WAITING = "_reverie_host_block"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +75,19 @@ class _Slot:
         self.arrived: Any = None
 
 
+def weights_at_hand(module: nn.Module) -> torch.device:
+    """Bring the weights of a module to the device where its block waits on the host; returns where they are.
+
+    For whoever reads weights, or makes something that belongs beside them, outside of the forward pass. They stay until
+    other blocks need their place.
+    """
+    waiting: tuple[HostBlocks, int] | None = getattr(module, _WAITING, None)
+    if waiting is not None:
+        host, position = waiting
+        host.bring(position)
+    return next(module.parameters()).device
+
+
 class HostBlocks:
     """Some blocks of a transformer, by index. For one thread, and one pass through the model at a time."""
 
@@ -107,9 +121,16 @@ class HostBlocks:
 
     def add(self, index: int, block: nn.Module) -> None:
         """Move the frozen weights of a block to the host, from wherever they are. Blocks come in the order of use."""
+        for module in block.modules():
+            # A plain attribute: it is no part of the model.
+            object.__setattr__(module, _WAITING, (self, len(self._blocks)))
         self._positions[index] = len(self._blocks)
         self._blocks.append(_HostBlock(block, pinned=self._device.type == "cuda"))
         self._slots.clear()
+
+    def bring(self, position: int) -> None:
+        """Have the weights of the block at a position on the device; the next use of its slot takes them away again."""
+        self._load(position, ahead=0)
 
     def loading(self, index: int, block: Callable[..., Any]) -> Callable[..., Any]:
         """`block`, with its weights on the device whenever it runs: at once, and when it is recomputed."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from reverie_hidream.adapters.dropout import BranchDropout
+from reverie_hidream.host_blocks import weights_at_hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +185,12 @@ def dense_weight(linear: nn.Module, forward: Any, dtype: torch.dtype | None = No
         dtype: of the computation, for a quantised one; None for that of its scales.
     """
     layer: Any = linear
+    device = weights_at_hand(linear)
     if is_plain(linear):
         weight: torch.Tensor = layer.weight.detach()
         return weight
     if dtype is None:
         dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
-    units = torch.eye(layer.in_features, dtype=dtype, device=_device(linear))
+    units = torch.eye(layer.in_features, dtype=dtype, device=device)
     columns: torch.Tensor = forward(units)
     return (columns if layer.bias is None else columns - layer.bias.to(dtype)).t().contiguous()
-
-
-def _device(linear: nn.Module) -> torch.device:
-    return next(linear.parameters()).device

@@ -30,6 +30,7 @@ from reverie_hidream.adapters.file_modules import (
 from reverie_hidream.adapters.full_rank import FULL_RANK_MARK, load_full_rank
 from reverie_hidream.adapters.lora import METADATA_KEY, LoraFormat
 from reverie_hidream.adapters.selection import lora_name
+from reverie_hidream.host_blocks import weights_at_hand
 from reverie_hidream.tensor_io import from_raw
 
 __all__ = ["AdapterFileError", "load_adapter", "merge_adapter", "merged_state"]
@@ -87,7 +88,7 @@ def load_adapter(transformer: nn.Module, body: bytes, *, strength: float = 1.0) 
     branches = _read_branches(transformer, file)
     linears = {name: transformer.get_submodule(name) for name in branches}
     for name, branch in branches.items():
-        branch.move(device=next(linears[name].parameters()).device)
+        branch.move(device=weights_at_hand(linears[name]))
     is_lora = any(".lora_A." in name for name in file.tensors)
     adapter = BranchAdapter(branches, linears, LoraFormat(LoraConfig()) if is_lora else LycorisFormat(file.config))
     adapter.set_strength(strength)

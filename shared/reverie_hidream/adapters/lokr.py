@@ -19,6 +19,7 @@ from reverie_hidream.adapters.factored import FactoredBranch
 from reverie_hidream.adapters.kronecker import LokrBranch
 from reverie_hidream.adapters.lokr_start import start_near_weights
 from reverie_hidream.adapters.selection import lora_name, select_linears
+from reverie_hidream.host_blocks import weights_at_hand
 from reverie_hidream.transformer import REAL_CONFIG, build_meta_transformer
 
 __all__ = [
@@ -54,7 +55,7 @@ def attach_lycoris(
     branches = create_branches(transformer, config, seed=seed)
     linears = {name: transformer.get_submodule(name) for name in branches}
     for name, branch in branches.items():
-        _make_trainable(branch, device=next(linears[name].parameters()).device, dtype=dtype)
+        _make_trainable(branch, device=weights_at_hand(linears[name]), dtype=dtype)
     if isinstance(config, LokrConfig) and config.init_lokr_norm is not None:
         start_near_weights(branches, linears, size=config.init_lokr_norm, seed=seed)
     clock = AdapterClock(seed=seed)

@@ -17,6 +17,7 @@ from reverie_hidream.adapters.dora import DoraBranch, row_lengths
 from reverie_hidream.adapters.dropout import AdapterClock, BranchDropout
 from reverie_hidream.adapters.low_rank import DOWN, UP, LowRankBranch
 from reverie_hidream.adapters.selection import lora_name, select_by_ends
+from reverie_hidream.host_blocks import weights_at_hand
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _check(config: LoraConfig, linears: Mapping[str, nn.Module]) -> None:
 
 def _branch(name: str, linear: nn.Module, config: LoraConfig, dtype: torch.dtype) -> Branch:
     up, down = _start(linear, config)
-    device = next(linear.parameters()).device
+    device = weights_at_hand(linear)
     low_rank = LowRankBranch(
         lora_name(name),
         {UP: _parameter(up, device, dtype), DOWN: _parameter(down, device, dtype)},

@@ -9,7 +9,7 @@ import torch
 from reverie_hidream.adapters.config import LokrConfig
 from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
 from reverie_hidream.conditioning import TextConditioning
-from reverie_hidream.host_blocks import HostBlocks
+from reverie_hidream.host_blocks import HostBlocks, weights_at_hand
 from reverie_hidream.memory import blocks_of, host_blocks, set_checkpointing_interval, spread
 from reverie_hidream.precisions import BASE_PRECISIONS
 from reverie_hidream.quantise import weight_bytes
@@ -162,12 +162,14 @@ def test_copies_ahead_and_never_back(tiny_checkpoint: Path) -> None:
     enable_gradient_checkpointing(transformer, True)
     host = _host(transformer)
     buffers = [parameter.detach().clone() for parameter in transformer.parameters()]
+    # Attaching the adapter has left the last two in the slots.
+    before = host.num_copies
     step(transformer, adapter)
     # Forward 4; backward finds the last two in the slots and copies the two before them.
-    assert host.num_copies == 6
+    assert host.num_copies - before == 4 + 2
     step(transformer, adapter)
     # Forward finds the first two where backward left them.
-    assert host.num_copies == 6 + 2 + 2
+    assert host.num_copies - before == 4 + 2 + 2 + 2
     assert all_equal([parameter.detach() for parameter in transformer.parameters()], buffers)
 
 
@@ -221,3 +223,27 @@ def _host(transformer: nn.Module) -> HostBlocks:
     host = host_blocks(transformer)
     assert host is not None
     return host
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_weights_at_hand_are_those_in_the_slot(tiny_checkpoint: Path, precision: str) -> None:
+    transformer = load_transformer(tiny_checkpoint, precision=precision, num_offloaded_blocks=4)
+    host = _host(transformer)
+    waiting = blocks_of(transformer)[host.indices[0]]
+    linear = waiting.get_submodule("block.attn1.to_q")
+    before = host.num_copies
+    assert weights_at_hand(linear) == torch.device("cpu")
+    assert host.num_copies == before + 1
+    assert weights_at_hand(waiting.get_submodule("block.attn1.to_k")) == torch.device("cpu")
+    assert host.num_copies == before + 1
+
+
+@pytest.mark.parametrize("changes", [{"init_lokr_norm": 1e-3}, {"dora_wd": True}], ids=str)
+def test_an_adapter_starts_from_weights_that_wait(tiny_checkpoint: Path, changes: dict[str, Any]) -> None:
+    states = []
+    for num_offloaded in (0, 4):
+        transformer = load_transformer(tiny_checkpoint, dtype=torch.float32, num_offloaded_blocks=num_offloaded)
+        adapter = attach_lokr(transformer, LokrConfig(factor=4, **changes), seed=1)
+        predictions = step(transformer, adapter)
+        states.append([*adapter.raw_state().values(), *predictions])
+    assert all_equal(*states)
