@@ -1,6 +1,6 @@
 """Pictures: with the base model or an adapter."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -11,6 +11,8 @@ from reverie_client.calls import CallPolicy, call, stream
 from reverie_client.transfer import Download, Transfers
 
 OnSamplingProgress = Callable[[pb.SamplingProgress], None]
+OnSamplingPreview = Callable[[pb.SamplingPreview], None]
+OnSamplingNotice = Callable[[pb.SamplingNotice], None]
 
 
 class Sampling:
@@ -27,19 +29,35 @@ class Sampling:
             yield response
 
     async def draw(
-        self, request: pb.SampleRequest, *, on_progress: OnSamplingProgress | None = None
+        self,
+        request: pb.SampleRequest,
+        *,
+        on_progress: OnSamplingProgress | None = None,
+        on_preview: OnSamplingPreview | None = None,
+        on_notice: OnSamplingNotice | None = None,
     ) -> tuple[pb.SampledImage, ...]:
-        """Draw and return the pictures, in order; `on_progress` sees every sampling step."""
+        """Draw and return the pictures, in order.
+
+        Args:
+            request: what to draw.
+            on_progress: sees every sampling step.
+            on_preview: sees the previews, where the request asks for some.
+            on_notice: is told what is not as it was asked for.
+        """
         images: list[pb.SampledImage] = []
         async for response in self.sample(request):
             if response.HasField("image"):
                 images.append(response.image)
-            elif on_progress is not None:
+            elif response.HasField("preview") and on_preview is not None:
+                on_preview(response.preview)
+            elif response.HasField("notice") and on_notice is not None:
+                on_notice(response.notice)
+            elif response.HasField("progress") and on_progress is not None:
                 on_progress(response.progress)
         return tuple(sorted(images, key=lambda image: image.image_index))
 
-    async def save(self, images: tuple[pb.SampledImage, ...], paths: tuple[Path, ...]) -> None:
-        """Download pictures to files. Raises TransferError, IntegrityError."""
+    async def save(self, images: Sequence[pb.SampledImage | pb.SamplingPreview], paths: Sequence[Path]) -> None:
+        """Download pictures or previews to files. Raises TransferError, IntegrityError."""
         downloads = [
             Download(url=image.download_url, path=path, size_bytes=image.image.size_bytes, sha256=image.image.sha256)
             for image, path in zip(images, paths, strict=True)

@@ -159,6 +159,7 @@ class SyncVae(_Blocking[Vae]):
     inspect = _iterate(Vae.inspect)
     encode = _iterate(Vae.encode)
     decode = _call(Vae.decode)
+    preview = _call(Vae.preview)
     describe = _call(Vae.describe)
 
 

@@ -27,6 +27,7 @@ from reverie_client.cli.progress import JobView, TransferBar, state_name
 from reverie_client.client import Reverie
 from reverie_client.errors import JobFailedError
 from reverie_client.jobs import RESTING
+from reverie_client.prompt_library import add_prompts
 from reverie_client.results import Results, write_results
 from reverie_client.specs import JobReading, read_job_file, read_job_text
 
@@ -35,16 +36,29 @@ app = typer.Typer(help="Training jobs.", no_args_is_help=True)
 JobFile = Annotated[Path, typer.Argument(help="The job in YAML or JSON; - reads it from standard input.")]
 JobId = Annotated[str, typer.Argument(help="The job's id, job- and 12 hex digits.")]
 Step = Annotated[int, typer.Option(min=0, help="The checkpoint, by its step; 0 is the newest.")]
+PromptLibraryFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Add the prompts of a SimpleTuner prompt library (JSON: short name to prompt) to those of the job.",
+        dir_okay=False,
+        show_default=False,
+    ),
+]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it rests.")]
 
 
 @app.command("check")
-def check_command(file: JobFile, address: Address = None, output: Output = OutputFormat.TEXT) -> None:
+def check_command(
+    file: JobFile,
+    prompt_library: PromptLibraryFile = None,
+    address: Address = None,
+    output: Output = OutputFormat.TEXT,
+) -> None:
     """Say what is wrong with a job, all at once, or what it would take. Changes nothing.
 
     Example: [bold]reverie job check job.yaml[/]
     """
-    answer = run(_check(_read(file, address), address))
+    answer = run(_check(_read(file, address, prompt_library), address))
     if output is OutputFormat.JSON:
         print_json(message_dict(answer))
     else:
@@ -58,6 +72,7 @@ def check_command(file: JobFile, address: Address = None, output: Output = Outpu
 def submit_command(
     file: JobFile,
     watch: Watch = False,
+    prompt_library: PromptLibraryFile = None,
     address: Address = None,
     output: Output = OutputFormat.TEXT,
 ) -> None:
@@ -65,7 +80,7 @@ def submit_command(
 
     Example: [bold]reverie job submit job.yaml --watch[/]
     """
-    spec = _read(file, address)
+    spec = _read(file, address, prompt_library)
     job = run(_submit(spec, address))
     if not watch:
         _print_job_id(job, output)
@@ -222,12 +237,15 @@ def fetch_command(
             stdout().print(str(path), markup=False)
 
 
-def _read(file: Path, address: str | None) -> TrainingJobSpec:
+def _read(file: Path, address: str | None, prompt_library: Path | None = None) -> TrainingJobSpec:
     """Read a job; one that cannot be read is refused together with what the trainer finds wrong in the rest of it."""
     is_piped = str(file) == "-"
     reading = read_job_text(sys.stdin.read(), name="standard input") if is_piped else read_job_file(file)
     if reading.violations:
         raise reading.error(_found_by_trainer(reading, address))
+    if prompt_library is not None:
+        for note in add_prompts(reading.spec, prompt_library):
+            stderr().print(note, markup=False)
     return reading.spec
 
 

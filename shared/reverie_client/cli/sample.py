@@ -1,16 +1,31 @@
 """`reverie sample`."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from reverie.common.v1.common_pb2 import ObjectRef
-from reverie.sampling.v1.sampling_pb2 import SampledImage, SampleRequest, SamplingProgress
+from reverie.sampling.v1.sampling_pb2 import SampledImage, SampleRequest, SamplingPreview
 from reverie_common.errors import FailedPreconditionError, FieldViolation, InvalidArgumentError
 
 from reverie_client.cli.connection import Address, SamplerAddress, connect, run
 from reverie_client.cli.console import Output, OutputFormat, print_json, stderr, stdout
 from reverie_client.client import Reverie
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Picture:
+    path: Path
+    clip_score: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Drawn:
+    pictures: tuple[_Picture, ...]
+    previews: tuple[Path, ...]
 
 
 def sample(
@@ -25,6 +40,22 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; up to 1 switches it off.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; picture i uses seed + i.")] = 0,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Number of pictures, 1 to 16.")] = 1,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="Take so much of guidance's contrast back, 0 to 1; 0.7 is usual.")
+    ] = 0.0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="unipc, euler or flash. Default: the checkpoint's.", show_default=False)
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Shift of the schedule. Default: the checkpoint's.", show_default=False)
+    ] = None,
+    preview_steps: Annotated[
+        int, typer.Option(min=0, help="Write a preview after the first and every so many steps; 0 writes none.")
+    ] = 0,
+    clip_score: Annotated[bool, typer.Option("--clip-score", help="Score the pictures by CLIP.")] = False,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Compile the sampler's model; the first picture of a size takes longer.")
+    ] = False,
     to: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
     address: Address = None,
     sampler: SamplerAddress = None,
@@ -51,13 +82,26 @@ def sample(
         seed=seed,
         num_images=num_images,
         adapter_strength=strength,
+        guidance_rescale=guidance_rescale,
+        scheduler=scheduler,
+        shift=shift,
+        preview_steps=preview_steps,
+        clip_score=clip_score,
+        compile=compile_model,
     )
-    paths = run(_sample(request, job, step, adapter, to, address, sampler))
+    drawn = run(_sample(request, job, step, adapter, to, address, sampler))
     if output is OutputFormat.JSON:
-        print_json({"files": [str(path) for path in paths]})
+        print_json(
+            {
+                "files": [str(picture.path) for picture in drawn.pictures],
+                "previews": [str(path) for path in drawn.previews],
+                "clip_scores": [picture.clip_score for picture in drawn.pictures],
+            }
+        )
         return
-    for path in paths:
-        stdout().print(str(path), markup=False)
+    for picture in drawn.pictures:
+        score = "" if picture.clip_score is None else f"  CLIP {picture.clip_score:.2f}"
+        stdout().print(f"{picture.path}{score}", markup=False)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -76,25 +120,50 @@ async def _sample(
     to: Path,
     address: str | None,
     sampler: str | None,
-) -> tuple[Path, ...]:
+) -> _Drawn:
     async with connect(address, sampler=sampler) as reverie:
         found = await _adapter(reverie, job, step, adapter)
         if found is not None:
             request.adapter.CopyFrom(found)
-        with stderr().status("drawing") as status:
+        return await _draw(reverie, request, to)
 
-            def show(progress: SamplingProgress) -> None:
-                status.update(f"drawing: step {progress.step} of {progress.num_steps}")
 
-            images = await reverie.sampling.draw(request, on_progress=show)
-        paths = tuple(to / _name(request, image) for image in images)
-        await reverie.sampling.save(images, paths)
-        return paths
+async def _draw(reverie: Reverie, request: SampleRequest, to: Path) -> _Drawn:
+    """Draw, and write previews and pictures as they come."""
+    pictures: dict[int, _Picture] = {}
+    previews: list[Path] = []
+    with stderr().status("drawing") as status:
+        async for response in reverie.sampling.sample(request):
+            if response.HasField("progress"):
+                status.update(f"drawing: step {response.progress.step} of {response.progress.num_steps}")
+            elif response.HasField("notice"):
+                stderr().print(response.notice.message, style="yellow", markup=False)
+            elif response.HasField("preview"):
+                path = to / _preview_name(request, response.preview)
+                await reverie.sampling.save([response.preview], [path])
+                previews.append(path)
+                stderr().print(str(path), markup=False)
+            else:
+                path = to / _name(request, response.image)
+                await reverie.sampling.save([response.image], [path])
+                score = response.image.clip_score if response.image.HasField("clip_score") else None
+                pictures[response.image.image_index] = _Picture(path=path, clip_score=score)
+    return _Drawn(pictures=tuple(pictures[index] for index in sorted(pictures)), previews=tuple(previews))
 
 
 def _name(request: SampleRequest, image: SampledImage) -> str:
+    size = f"{image.width}x{image.height}"
+    return f"{_words(request)}_{image.seed}_{size}_{image.image.sha256[:8]}.png"
+
+
+def _preview_name(request: SampleRequest, preview: SamplingPreview) -> str:
+    size = f"{request.width}x{request.height}"
+    return f"{_words(request)}_{request.seed + preview.image_index}_{size}_step{preview.step:03d}.png"
+
+
+def _words(request: SampleRequest) -> str:
     words = "".join(letter if letter.isalnum() else "-" for letter in request.prompt.lower())[:40].strip("-")
-    return f"{words or 'picture'}_{image.seed}_{image.width}x{image.height}_{image.image.sha256[:8]}.png"
+    return words or "picture"
 
 
 async def _adapter(reverie: Reverie, job_id: str | None, step: int | None, file: Path | None) -> ObjectRef | None:
