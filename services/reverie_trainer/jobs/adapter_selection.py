@@ -1,22 +1,16 @@
 """Which Linear layers of HiDream an adapter selects, and how many numbers it trains there, from its configuration.
 
-The control plane has no torch, so the module tree is written down here as diffusers builds it; the selection follows
-LyCORIS 4.1.3 (spec 4.2) with HiDream's class names aliased. A test holds the tree against diffusers itself.
+The control plane has no torch, so the module tree is written down here as diffusers builds it; the rules of the
+selection are shared with the worker (`reverie_common.lycoris_presets`). A test holds the tree against diffusers itself.
 """
 
-import fnmatch
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from reverie_trainer.jobs.spec import LokrAdapter, LokrOverrides, LokrPreset
+from reverie_common.lycoris_presets import Node, select_modules
 
-# LyCORIS presets in the wild name SimpleTuner's classes; the weights are loaded by diffusers' (spec 0.1, decision 4).
-CLASS_ALIASES = {
-    "Attention": "HiDreamAttention",
-    "FeedForward": "HiDreamImageFeedForwardSwiGLU",
-    "MOEFeedForward": "MOEFeedForwardSwiGLU",
-}
+from reverie_trainer.jobs.adapter_counts import is_split, lora_parameters, module_parameters, settings_of
+from reverie_trainer.jobs.spec import Adapter, FullRank, LokrAdapter, LoraAdapter, LycorisAdapter
 
 _SWIGLU_MULTIPLE = 256
 _TIMESTEP_CHANNELS = 256
@@ -102,6 +96,8 @@ class AdapterSelection:
     """Trainable parameters."""
     unmatched: tuple[str, ...] = field(default=())
     """Classes and patterns of the preset that match nothing."""
+    split: tuple[str, ...] = field(default=())
+    """Those whose LoKr has a factor that is itself a product of two."""
 
     @property
     def num_modules(self) -> int:
@@ -109,23 +105,53 @@ class AdapterSelection:
         return len(self.names)
 
 
-def select_adapter(config: TransformerConfig, adapter: LokrAdapter) -> AdapterSelection:
-    """Return the Linear layers that `adapter` selects in a HiDream transformer of `config` (spec 4.2, 4.3)."""
-    modules = list(enumerate_modules(config))
-    selected: dict[str, int] = {}
+def select_adapter(config: TransformerConfig, adapter: Adapter) -> AdapterSelection:
+    """Return the Linear layers that `adapter` changes in a HiDream transformer of `config` (spec 4.2, 4.3, 4.8).
+
+    Raises:
+        ValueError: BOFT cannot split a selected layer, or an option is no word of its type.
+    """
+    if isinstance(adapter, FullRank):
+        names = tuple(module.name for module in enumerate_modules(config) if module.shape is not None)
+        return AdapterSelection(names=names, num_parameters=num_transformer_parameters(config))
+    if isinstance(adapter, LoraAdapter):
+        return _select_lora(config, adapter)
+    return _select_lycoris(config, adapter)
+
+
+def _select_lora(config: TransformerConfig, adapter: LoraAdapter) -> AdapterSelection:
     matched: set[str] = set()
-    rules = _Rules(adapter.apply_preset)
-    for module in modules:
-        pattern = rules.name_pattern(module.name)
-        if pattern is not None:
-            matched.update(rules.matching_patterns(module.name))
-            _select(selected, [module], adapter, rules.by_name[pattern])
-        elif module.class_name in rules.classes:
-            matched.add(module.class_name)
-            inside = [child for child in modules if _is_inside(child.name, module.name)]
-            _select(selected, inside, adapter, rules.by_class.get(module.class_name))
+    selected: dict[str, int] = {}
+    for module in enumerate_modules(config):
+        ends = {end for end in adapter.target_modules if module.name == end or module.name.endswith(f".{end}")}
+        if module.shape is not None and ends:
+            matched |= ends
+            selected[module.name] = lora_parameters(module.shape, adapter)
+    unmatched = sorted(set(adapter.target_modules) - matched)
+    return AdapterSelection(names=tuple(selected), num_parameters=sum(selected.values()), unmatched=tuple(unmatched))
+
+
+def _select_lycoris(config: TransformerConfig, adapter: LokrAdapter | LycorisAdapter) -> AdapterSelection:
+    modules = {module.name: module for module in enumerate_modules(config)}
+    nodes = (
+        Node(name=module.name, class_name=module.class_name, is_linear=module.shape is not None)
+        for module in modules.values()
+    )
+    selection = select_modules(nodes, adapter.apply_preset)
+    num_parameters = 0
+    split = []
+    for item in selection.modules:
+        module = modules[item.name]
+        if module.shape is not None:
+            settings = settings_of(adapter, item.overrides)
+            num_parameters += module_parameters(module.shape, module.has_bias, settings)
+            if settings.algo == "lokr" and is_split(module.shape, settings):
+                split.append(item.name)
     return AdapterSelection(
-        names=tuple(selected), num_parameters=sum(selected.values()), unmatched=rules.unmatched(matched)
+        names=tuple(item.name for item in selection.modules),
+        num_parameters=num_parameters,
+        unmatched=selection.unmatched,
+        split=tuple(split),
     )
 
 
@@ -138,6 +164,11 @@ def num_transformer_parameters(config: TransformerConfig) -> int:
             out_features, in_features = module.shape
             total += out_features * in_features + (out_features if module.has_bias else 0)
     return total
+
+
+def swiglu_width(hidden: int) -> int:
+    """Return the inner width of a feed-forward that is built for `hidden` (spec 1.4)."""
+    return _SWIGLU_MULTIPLE * -(-(2 * hidden // 3) // _SWIGLU_MULTIPLE)
 
 
 def enumerate_modules(config: TransformerConfig) -> Iterator[ModuleNode]:
@@ -162,84 +193,6 @@ def enumerate_modules(config: TransformerConfig) -> Iterator[ModuleNode]:
     yield ModuleNode(name="final_layer.adaLN_modulation", class_name="Sequential")
     yield _linear("final_layer.adaLN_modulation.1", 2 * width, width)
     yield from _caption_projections(config)
-
-
-def lokr_parameters(shape: tuple[int, int], adapter: LokrAdapter, overrides: LokrOverrides | None = None) -> int:
-    """Return the trainable parameters of one LoKr over a Linear of `shape` (out_features, in_features) (spec 4.3)."""
-    own = overrides or LokrOverrides()
-    factor = adapter.factor if own.factor is None else own.factor
-    rank = adapter.linear_dim if own.linear_dim is None else own.linear_dim
-    is_full = adapter.full_matrix if own.full_matrix is None else own.full_matrix
-    has_scalar = adapter.use_scalar if own.use_scalar is None else own.use_scalar
-    out_small, out_large = factorization(shape[0], factor)
-    in_small, in_large = factorization(shape[1], factor)
-    is_w1_low = adapter.decompose_both and not is_full and rank < max(out_small, in_small) / 2
-    is_w2_low = not is_full and rank < max(out_large, in_large) / 2
-    w1 = rank * (out_small + in_small) if is_w1_low else out_small * in_small
-    w2 = rank * (out_large + in_large) if is_w2_low else out_large * in_large
-    return w1 + w2 + int(has_scalar)
-
-
-def swiglu_width(hidden: int) -> int:
-    """Return the inner width of a feed-forward that is built for `hidden` (spec 1.4)."""
-    return _SWIGLU_MULTIPLE * -(-(2 * hidden // 3) // _SWIGLU_MULTIPLE)
-
-
-def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """Split `dimension` into (smaller, larger) as LyCORIS does; a negative factor gives the most balanced split."""
-    if factor > 0 and dimension % factor == 0:
-        small, large = sorted((factor, dimension // factor))
-        return small, large
-    limit = dimension if factor < 0 else factor
-    small = 1
-    for candidate in range(2, min(limit, int(dimension**0.5)) + 1):
-        if dimension % candidate == 0:
-            small = candidate
-    return small, dimension // small
-
-
-class _Rules:
-    """A preset, with classes under diffusers' names."""
-
-    def __init__(self, preset: LokrPreset) -> None:
-        self._preset = preset
-        self.by_name = dict(preset.name_algo_map)
-        self.by_class = {CLASS_ALIASES.get(name, name): rule for name, rule in preset.module_algo_map.items()}
-        # LyCORIS makes the keys of module_algo_map targets too.
-        named = [*preset.target_module, *preset.module_algo_map]
-        self.classes = {CLASS_ALIASES.get(name, name): name for name in reversed(named)}
-
-    def name_pattern(self, name: str) -> str | None:
-        """Return the pattern whose rule applies to a module: its own name first, then the first that matches."""
-        if name in self.by_name:
-            return name
-        return next(iter(self.matching_patterns(name)), None)
-
-    def matching_patterns(self, name: str) -> list[str]:
-        return [pattern for pattern in self.by_name if self._matches(pattern, name)]
-
-    def unmatched(self, matched: set[str]) -> tuple[str, ...]:
-        classes = [written for actual, written in self.classes.items() if actual not in matched]
-        return tuple(sorted(classes) + sorted(set(self.by_name) - matched))
-
-    def _matches(self, pattern: str, name: str) -> bool:
-        if pattern == name:
-            return True
-        if self._preset.use_fnmatch:
-            return fnmatch.fnmatch(name, pattern)
-        return re.match(pattern, name) is not None
-
-
-def _select(
-    selected: dict[str, int], modules: Sequence[ModuleNode], adapter: LokrAdapter, overrides: LokrOverrides | None
-) -> None:
-    for module in modules:
-        if module.shape is not None and module.name not in selected:
-            selected[module.name] = lokr_parameters(module.shape, adapter, overrides)
-
-
-def _is_inside(name: str, parent: str) -> bool:
-    return parent == "" or name == parent or name.startswith(parent + ".")
 
 
 def _linear(name: str, out_features: int, in_features: int, *, has_bias: bool = True) -> ModuleNode:

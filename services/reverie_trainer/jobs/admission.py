@@ -13,7 +13,22 @@ from reverie_trainer.jobs.dataset_checks import check_contents
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.geometry import square_edge
 from reverie_trainer.jobs.manifests import Manifest
-from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter
+from reverie_trainer.jobs.spec import (
+    Adapter,
+    DatasetChoice,
+    FullRank,
+    JobSpec,
+    LokrAdapter,
+    LoraAdapter,
+    LycorisAdapter,
+)
+
+_ADAPTER_NAMES: Mapping[type, str] = {
+    LokrAdapter: "LoKr",
+    LycorisAdapter: "LyCORIS",
+    LoraAdapter: "LoRA",
+    FullRank: "full rank",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +43,8 @@ class Admission:
     """The version of each dataset that exists."""
     selection: AdapterSelection | None
     """What the adapter changes; None where the adapter is wrong by itself."""
+    notices: tuple[tuple[str, str], ...] = ()
+    """What will be missing although the job is accepted: (reason, message)."""
 
     def require(self) -> None:
         """Raise InvalidArgumentError with every violation, if there is any."""
@@ -49,9 +66,9 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
     known = await datasets.names() if len(versions) < len({item.dataset for item in spec.datasets}) else []
     violations += check_contents(spec, manifests, known)
     selection = None
-    if isinstance(spec.adapter, LokrAdapter) and not any(item.field.startswith("adapter") for item in violations):
-        selection = select_adapter(config, spec.adapter)
-        violations += _check_selection(selection, spec.adapter)
+    if spec.adapter is not None and not any(item.field.startswith("adapter") for item in violations):
+        selection, adapter_violations = _select(config, spec.adapter)
+        violations += adapter_violations
     violations += _check_pictures(spec, config)
     violations += _check_offloading(spec, config)
     return Admission(
@@ -59,17 +76,29 @@ async def examine(spec: JobSpec, datasets: Datasets, config: TransformerConfig) 
     )
 
 
-def _check_selection(selection: AdapterSelection, adapter: LokrAdapter) -> list[FieldViolation]:
+def _select(config: TransformerConfig, adapter: Adapter) -> tuple[AdapterSelection | None, list[FieldViolation]]:
+    try:
+        selection = select_adapter(config, adapter)
+    except ValueError as error:
+        return None, [FieldViolation(field="adapter.lycoris", description=str(error))]
+    if isinstance(adapter, LokrAdapter) and adapter.init_lokr_norm is not None and selection.split:
+        description = (
+            f"{adapter.init_lokr_norm:g} needs whole factors, and linear_dim {adapter.linear_dim} splits those of "
+            f"{len(selection.split)} modules, {selection.split[0]} for one; set full_matrix, or leave it out"
+        )
+        return selection, [FieldViolation(field="adapter.lokr.init_lokr_norm", description=description)]
     if selection.num_modules:
-        return []
-    preset = adapter.apply_preset
-    asked = [*preset.target_module, *preset.module_algo_map, *preset.name_algo_map]
+        return selection, []
+    asked = list(selection.unmatched)
     what = ", ".join(repr(name) for name in asked) if asked else "an empty apply_preset"
-    description = (
-        f"{what} matches no Linear layer of the model, so nothing would be trained; use target_module [Attention] or "
-        "name_algo_map patterns such as 'double_stream_blocks.*.block.attn*'"
-    )
-    return [FieldViolation(field="adapter.lokr.apply_preset", description=description)]
+    if isinstance(adapter, LoraAdapter):
+        field, remedy = "adapter.lora.target_modules", "use to_q, to_k, to_v, to_out"
+    else:
+        kind = "lokr" if isinstance(adapter, LokrAdapter) else "lycoris"
+        field = f"adapter.{kind}.apply_preset"
+        remedy = "use target_module [Attention] or name_algo_map patterns such as 'double_stream_blocks.*.block.attn*'"
+    description = f"{what} matches no Linear layer of the model, so nothing would be trained; {remedy}"
+    return selection, [FieldViolation(field=field, description=description)]
 
 
 def _check_pictures(spec: JobSpec, config: TransformerConfig) -> list[FieldViolation]:
@@ -109,7 +138,7 @@ def warnings_of(admission: Admission, config: TransformerConfig) -> list[tuple[s
     if admission.selection is not None and admission.selection.unmatched:
         unmatched = ", ".join(admission.selection.unmatched)
         warnings.append(("ADAPTER_PARTLY_UNMATCHED", f"adapter: nothing matches {unmatched}"))
-    return warnings
+    return [*warnings, *admission.notices]
 
 
 def describe_plan(admission: Admission, config: TransformerConfig, buckets: Sequence[Bucket] | None) -> list[str]:
@@ -148,10 +177,15 @@ def _describe_training(admission: Admission) -> list[str]:
     )
     if admission.selection is not None:
         lines.append(
-            f"adapter: LoKr on {admission.selection.num_modules} modules, "
+            f"adapter: {_adapter_name(admission.spec.adapter)} on {admission.selection.num_modules} modules, "
             f"{admission.selection.num_parameters:,} parameters"
         )
     return lines
+
+
+def _adapter_name(adapter: Adapter | None) -> str:
+    name = _ADAPTER_NAMES.get(type(adapter), "none")
+    return f"{name} {adapter.algo}" if isinstance(adapter, LycorisAdapter) else name
 
 
 def parse_config(body: bytes, source: str) -> TransformerConfig:

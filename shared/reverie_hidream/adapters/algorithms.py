@@ -66,15 +66,15 @@ def check_algorithms(config: LokrConfig | LycorisConfig) -> None:
     Raises:
         AdapterConfigError: names each, and what to use.
     """
-    overrides = [(path, own) for path, own in config.apply_preset.overrides()]
-    problems = list(_problems("", config.settings(None)))
-    for path, own in overrides:
-        problems += [problem for problem in _problems(f"{path}: ", config.settings(own)) if problem not in problems]
+    settings = {"": config.settings(None)}
+    settings |= {f"{path}: ": config.settings(own) for path, own in config.apply_preset.overrides()}
+    chosen = {own.algo for own in settings.values()}
+    problems = [problem for path, own in settings.items() for problem in _problems(path, own, chosen)]
     if problems:
         raise AdapterConfigError("; ".join(problems))
 
 
-def _problems(path: str, settings: ModuleSettings) -> Iterator[str]:
+def _problems(path: str, settings: ModuleSettings, chosen: set[str]) -> Iterator[str]:
     if settings.algo in REFUSED:
         yield f"{path}algo {settings.algo!r} is not supported: {REFUSED[settings.algo]}"
         return
@@ -82,8 +82,11 @@ def _problems(path: str, settings: ModuleSettings) -> Iterator[str]:
         yield f"{path}algo {settings.algo!r} is unknown; use one of {', '.join(ALGORITHMS)}"
         return
     known = ALGORITHMS[settings.algo].knows
+    # Of a mixture, an option of one algorithm is no business of the others.
+    known_by_any = frozenset().union(*(ALGORITHMS[algo].knows for algo in chosen if algo in ALGORITHMS))
     for name, off in _OPTIONAL.items():
-        if getattr(settings, name) != off and name not in known:
+        is_known = name in (known if name in _OF_EVERY_MODULE else known_by_any)
+        if getattr(settings, name) != off and not is_known:
             knowing = ", ".join(algo for algo, algorithm in ALGORITHMS.items() if name in algorithm.knows)
             yield f"{path}{settings.algo} has no {name}; leave it out, or use one of {knowing}"
     if settings.algo == "dylora" and settings.linear_dim % settings.block_size:
@@ -105,6 +108,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "train_on_input": False,
 }
 """Settings that not every algorithm knows, with the value that means "not asked for"."""
+_OF_EVERY_MODULE = ("dora_wd", "use_scalar")
 
 
 def _lokr(name: str, linear: nn.Module, settings: ModuleSettings) -> Branch:

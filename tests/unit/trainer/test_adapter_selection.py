@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
+from reverie_common.lycoris_presets import factorization
+from reverie_trainer.jobs.adapter_counts import module_parameters, settings_of
 from reverie_trainer.jobs.adapter_selection import (
     TransformerConfig,
     enumerate_modules,
-    factorization,
-    lokr_parameters,
     num_transformer_parameters,
     select_adapter,
 )
@@ -116,6 +116,10 @@ def test_selection_of_nothing_is_seen_and_named(preset: LokrPreset) -> None:
     selection = select_adapter(RELEASED, LokrAdapter(apply_preset=preset))
     assert selection.num_modules == 0
     assert set(selection.unmatched) == {*preset.target_module, *preset.name_algo_map}
+
+
+def lokr_parameters(shape: tuple[int, int], adapter: LokrAdapter) -> int:
+    return module_parameters(shape, True, settings_of(adapter, None))
 
 
 def test_low_rank_w2_counts_both_factors() -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import HiDreamImageTransformer2DModel
 from lycoris.functional.general import factorization as lycoris_factorization
+from reverie_common.lycoris_presets import factorization
 from reverie_trainer.jobs.adapter_selection import (
     TransformerConfig,
     enumerate_modules,
-    factorization,
     num_transformer_parameters,
 )
 
