@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 FurtherCheck = Callable[[JobSpec], Awaitable[Sequence[FieldViolation]]]
 """What other parts of the trainer find wrong with a job: with where it begins, with whom it tells."""
 
+FurtherNotices = Callable[[JobSpec], Awaitable[Sequence[tuple[str, str]]]]
+"""What will be missing although a job is accepted: (reason, message)."""
+
 _DESCRIBE_SECONDS = 3.0
 
 # A check answers at once; images that are not opened by then are left to preparation.
@@ -53,19 +56,22 @@ class Examiner:
         services: Services,
         config: TransformerConfig,
         further: Sequence[FurtherCheck],
+        notices: Sequence[FurtherNotices] = (),
     ) -> None:
         self._database = database
         self._datasets = datasets
         self._services = services
         self._config = config
         self._further = tuple(further)
+        self._notices = tuple(notices)
         self._inspector = ImageInspector(services.vae, patience_seconds=0.0)
 
     async def admit(self, spec: JobSpec) -> Admission:
         """Return whether a job would be accepted, and the datasets that it would train on."""
         admission = await examine(spec, self._datasets, self._config)
         further = [violation for check in self._further for violation in await check(spec)]
-        return replace(admission, violations=(*admission.violations, *further))
+        notices = [notice for tell in self._notices for notice in await tell(spec)]
+        return replace(admission, violations=(*admission.violations, *further), notices=tuple(notices))
 
     def warnings_of(self, admission: Admission) -> list[tuple[str, str]]:
         """Return what is not as it was asked for although a job is accepted: (reason, message)."""
