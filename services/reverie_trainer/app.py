@@ -14,6 +14,7 @@ from reverie_trainer.jobs.dataset_servicer import DatasetServicer
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.encoder_requirements import EncoderRequirements
 from reverie_trainer.jobs.examination import Examiner
+from reverie_trainer.jobs.imports import Importer
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
 from reverie_trainer.jobs.outlets import Dispatcher, OutletFactory
@@ -63,6 +64,12 @@ class Trainer:
             progress_seconds=settings.progress_seconds,
         )
         self._reconciler = Reconciler(self._database, preparer, _limits(settings))
+        importer = Importer(
+            datasets=datasets,
+            store=store,
+            source_buckets=settings.source_buckets,
+            source_hosts=settings.source_hosts,
+        )
         inspector = ImageInspector(self._services.vae, settings.patience_seconds)
         starts = Starts(database=self._database, store=store)
         outlets = _outlet_factory(settings, store, self._database)
@@ -81,7 +88,7 @@ class Trainer:
                 ServedService(
                     name=f"{_PACKAGE}.DatasetService",
                     add_to_server=training_pb2_grpc.add_DatasetServiceServicer_to_server,
-                    servicer=DatasetServicer(datasets, store, inspector),
+                    servicer=DatasetServicer(datasets, store, inspector, importer),
                 ),
                 ServedService(
                     name=f"{_PACKAGE}.WorkerService",
@@ -116,6 +123,8 @@ class Trainer:
         settings = self._settings
         address = settings.trainer_address or f"{settings.host}:{self.server.port}"
         arguments = ["--trainer", address, "--sampler", settings.sampler, "--checkpoint", settings.checkpoint]
+        arguments += ["--encoders", ",".join(settings.encoders)]
+        arguments += ["--encoder-patience-seconds", f"{settings.patience_seconds:g}"]
         return WorkerCommand(
             arguments=arguments,
             environment=_store_environment(settings),

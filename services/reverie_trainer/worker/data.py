@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from types import TracebackType
 from typing import Self
@@ -17,18 +17,29 @@ from reverie_hidream.training.draws import SampleDraws
 from reverie_hidream.training.evaluation import EvaluationBatch, evaluation_noise
 
 from reverie_trainer.worker.choices import Chance
+from reverie_trainer.worker.on_demand import CaptionReader, StoredCaptions
 from reverie_trainer.worker.samples import Caption, PreparedData
 from reverie_trainer.worker.schedule import Schedule, Visit
 from reverie_trainer.worker.tensor_cache import TensorCache
+
+_GO_ON_SECONDS = 0.5
 
 
 class BatchMaker:
     """Puts batches together; a pure function of the visits, apart from the cache. Thread-safe."""
 
-    def __init__(self, data: PreparedData, cache: TensorCache, chance: Chance, draws: SampleDraws) -> None:
+    def __init__(
+        self,
+        data: PreparedData,
+        cache: TensorCache,
+        chance: Chance,
+        draws: SampleDraws,
+        captions: CaptionReader | None = None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
+            captions: where embeddings come from; None is the store.
             chance: which caption and which latent of a sample.
             draws: what the objective leaves to chance.
         """
@@ -36,6 +47,11 @@ class BatchMaker:
         self._cache = cache
         self._chance = chance
         self._draws = draws
+        self._captions = captions or StoredCaptions(cache)
+
+    def cancel(self) -> None:
+        """End what waits for an encoder now, with concurrent.futures.CancelledError."""
+        self._captions.cancel()
 
     def make(self, visits: Sequence[Visit]) -> Batch:
         """Read what the batch needs and put it together. Blocks.
@@ -55,7 +71,7 @@ class BatchMaker:
                 tuple(latents.shape[1:]),
                 timestep_offset=source.timestep_sampling_offset,
             ),
-            conditioning=collate([self._embeddings(self._caption(visit)) for visit in visits]),
+            conditioning=collate(self._captions.read([self._caption(visit) for visit in visits])),
             masks=None if source.mask_type == "none" else self._masks(visits, latents),
             mask_type="mask" if source.mask_type == "none" else source.mask_type,
             is_regularisation=source.is_regularisation,
@@ -75,7 +91,7 @@ class BatchMaker:
             yield EvaluationBatch(
                 latents=mean[None].clone(),
                 noise=evaluation_noise(sample.image_sha256, tuple(mean.shape))[None],
-                conditioning=collate([self._embeddings(sample.captions[0][0])]),
+                conditioning=collate(self._captions.read([sample.captions[0][0]])),
             )
 
     def _latent(self, visit: Visit) -> torch.Tensor:
@@ -96,9 +112,6 @@ class BatchMaker:
         captions = self._data.samples[visit.sample].captions
         choice = self._chance.caption(visit, [len(orders) for orders in captions])
         return self._data.empty_caption if choice is None else captions[choice[0]][choice[1]]
-
-    def _embeddings(self, caption: Caption) -> dict[str, torch.Tensor]:
-        return {name: self._cache.get(ref) for name, ref in caption.embeddings.items()}
 
 
 class BatchLoader:
@@ -131,7 +144,20 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop reading."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._maker.cancel()
+        self._pool.shutdown(wait=True)
+
+    def wait_ready(self, go_on: Callable[[], bool]) -> bool:
+        """Wait until the next batch is made or cannot be made; False when `go_on` says no before that.
+
+        A batch may wait for a store or an encoder that is away, for as long as their patience.
+        """
+        begin = time.monotonic()
+        while not self._ahead[0].done() and go_on():
+            wait([self._ahead[0]], timeout=_GO_ON_SECONDS)
+        self.wait_seconds += time.monotonic() - begin
+        return self._ahead[0].done()
 
     def take(self, num_batches: int) -> Iterator[Batch]:
         """Yield the next batches; what waiting for them took is added to `wait_seconds`.

@@ -15,6 +15,7 @@ from reverie_common.errors import (
 from reverie_hidream.adapters.config import AdapterMatchesNothingError
 from reverie_hidream.training.step import NonFiniteLossError
 
+from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.worker.proof import ExportRefutedError
 
 
@@ -40,6 +41,8 @@ def failure_of(error: BaseException) -> JobFailure | None:
             remedy="switch optimization.gradient_checkpointing on, lower optimization.batch_size or the resolution, or "
             "set model.base_precision to int8-quanto",
         )
+    if isinstance(error, JobFailedError):
+        return error.to_proto()
     if isinstance(error, ExportRefutedError):
         return JobFailure(reason="EXPORT_REFUTED", message=str(error), remedy="keep the checkpoints and report a bug")
     if isinstance(error, ReverieError):

@@ -40,6 +40,7 @@ from reverie_trainer.worker.job import LeasedJob, read_job
 from reverie_trainer.worker.measures import Measures
 from reverie_trainer.worker.metrics_log import MetricsLog
 from reverie_trainer.worker.model import ModelLoader, TrainedAdapter
+from reverie_trainer.worker.on_demand import CaptionReader, EncoderAddresses, OnDemandCaptions, StoredCaptions
 from reverie_trainer.worker.orders import Order, Orders
 from reverie_trainer.worker.outbox import Outbox
 from reverie_trainer.worker.pictures import Pictures
@@ -181,11 +182,12 @@ class _Worker:
             sampling=job.spec.dataset_sampling,
         )
         cache = TensorCache(self.store, max_bytes=self.settings.cache_bytes)
-        maker = BatchMaker(job.data, cache, _chance(job), _draws(job))
+        maker = BatchMaker(job.data, cache, _chance(job), _draws(job), self._captions(job, cache))
         steps = range(job.first_step, job.spec.optimization.max_steps + 1)
-        loading = BatchLoader(
-            maker, schedule, steps=steps, depth=self.settings.prefetch_batches, num_threads=self.settings.data_threads
-        )
+        depth = self.settings.prefetch_batches
+        # All batches of the window ask the encoders at the same time, where they ask at all.
+        num_threads = depth if job.spec.embedding_storage == "on_demand" else self.settings.data_threads
+        loading = BatchLoader(maker, schedule, steps=steps, depth=depth, num_threads=num_threads)
         # Data are read while the model is loaded.
         with loading as batches, self._saver(job) as saver:
             transformer, engine = self._load(job, loader)
@@ -221,6 +223,16 @@ class _Worker:
             ema_file=loop.adapter_file(last_step, "ema") if engine.has_ema else None,
             probe_batch=batch,
             output=output,
+        )
+
+    def _captions(self, job: LeasedJob, cache: TensorCache) -> CaptionReader:
+        if job.spec.embedding_storage != "on_demand":
+            return StoredCaptions(cache)
+        encoders = EncoderAddresses(
+            addresses=self.settings.encoders, patience_seconds=self.settings.encoder_patience_seconds
+        )
+        return OnDemandCaptions(
+            encoders, job.data.encoders, cache=cache, control=self.control, outbox=self.office.outbox
         )
 
     def _load(

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
-from reverie_common.settings import StoreSettings
+from reverie_common.settings import CommaSeparated, StoreSettings
 
 GIB = 1024**3
 
@@ -32,6 +32,12 @@ class WorkerSettings(StoreSettings):
 
     sampler: str = ""
     """The sampler that draws validation pictures, `host:port`; empty draws none."""
+
+    encoders: CommaSeparated = ()
+    """Encoder services, HOST:PORT[,HOST:PORT], asked by jobs with embedding_storage `on_demand`."""
+
+    encoder_patience_seconds: float = Field(default=600.0, ge=0)
+    """How long an encoder service may be away before such a job fails."""
 
     checkpoint: str = Field(min_length=1)
     """The model: a directory, `s3://bucket/prefix`, or `organisation/name` on the Hub."""

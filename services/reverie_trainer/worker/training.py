@@ -47,7 +47,7 @@ class TrainingLoop:
             self.pictures.ask_base()
             self._measure_if_due(0)
         for step in range(self.job.first_step, self.job.spec.optimization.max_steps + 1):
-            if self.orders.current is not Order.GO_ON:
+            if not self.batches.wait_ready(self._goes_on) or not self._goes_on():
                 return self._end_early(step - 1)
             self._train(step)
             is_asked = self.orders.take_picture_request()
@@ -115,6 +115,9 @@ class TrainingLoop:
                 scalars={"pictures": self.pictures.pending()},
             )
         )
+
+    def _goes_on(self) -> bool:
+        return self.orders.current is Order.GO_ON
 
     def _end_early(self, last_step: int) -> Order:
         order = self.orders.current

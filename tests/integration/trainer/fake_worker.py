@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job-id", default="")
     parser.add_argument("--standby", action="store_true")
-    for name in ("--trainer", "--sampler", "--checkpoint"):
+    for name in ("--trainer", "--sampler", "--checkpoint", "--encoders", "--encoder-patience-seconds"):
         parser.add_argument(name, required=True)
     options = parser.parse_args()
     job_id, token = options.job_id, os.environ.get("REVERIE_WORKER_TOKEN", "")

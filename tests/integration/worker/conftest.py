@@ -192,6 +192,17 @@ class Prepared:
         return RecordingTrainer(job, self.manifest, checkpoint)
 
 
+SOURCE: dict[str, Any] = {
+    "dataset": "shapes",
+    "role": "train",
+    "repeats": 0,
+    "probability": 1.0,
+    "start_step": 0,
+    "end_step": 0,
+    "timestep_sampling_offset": 0.0,
+    "mask_type": "none",
+}
+
 SMALL_JOB: dict[str, Any] = {
     "name": "small",
     "model": {"mixed_precision": "no"},
@@ -219,18 +230,24 @@ def prepared(tiny_checkpoint: Path, module_s3_store: ObjectStore) -> Prepared:
     latents = _encode_images(tiny_checkpoint, module_s3_store)
     samples = [
         {
-            "dataset": "shapes",
+            "source": 0,
             "name": f"{index}.png",
             "width": width,
             "height": height,
-            "repeats": 1 if index == 1 else 0,
             "image_sha256": f"{index:064x}",
             "latents": latents[index],
-            "captions": [texts[CAPTIONS[index]], texts[CAPTIONS[(index + 1) % len(CAPTIONS)]]],
+            "captions": [[texts[CAPTIONS[index]]], [texts[CAPTIONS[(index + 1) % len(CAPTIONS)]]]],
         }
         for index, (width, height) in enumerate(SIZES)
     ]
-    manifest = {"format": 1, "samples": samples, "empty_caption": texts[""], "buckets": []}
+    manifest = {
+        "format": 2,
+        "datasets": [SOURCE],
+        "samples": samples,
+        "empty_caption": texts[""],
+        "encoders": {},
+        "buckets": [],
+    }
     ref = put_object(module_s3_store, prepared_key("0" * 64), json.dumps(manifest).encode(), "application/json")
     return Prepared(store=module_s3_store, checkpoint=tiny_checkpoint, manifest=ref)
 
