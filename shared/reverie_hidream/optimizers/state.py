@@ -126,9 +126,11 @@ def _encode(value: Any, key: str, device: torch.device, tensors: dict[str, torch
 
 def _encode_tensor(value: torch.Tensor, key: str, device: torch.device, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) is torch.Tensor:
-        tensors[key] = value.detach().cpu().clone()
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         # Some step counts stay in host memory, wherever the parameters are.
-        return {"tensor": key, "host": value.device.type == "cpu" != device.type}
+        record = {"tensor": key, "host": value.device.type == "cpu" != device.type}
+        # A matrix product rounds differently for another order in memory, which a file does not keep.
+        return record if value.is_contiguous() else {**record, "stride": list(value.stride())}
     subclass: Any = value
     names, context = subclass.__tensor_flatten__()
     return {
@@ -142,7 +144,7 @@ def _decode(value: Any, device: torch.device, tensors: Mapping[str, torch.Tensor
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return tensors[value["tensor"]].to("cpu" if value["host"] else device, copy=True)
+        return _decode_tensor(value, device, tensors)
     if "dict" in value:
         return {name: _decode(item, device, tensors) for name, item in value["dict"].items()}
     if "list" in value:
@@ -152,6 +154,13 @@ def _decode(value: Any, device: torch.device, tensors: Mapping[str, torch.Tensor
     if "dtype" in value:
         return getattr(torch, value["dtype"])
     return _decode_subclass(value, device, tensors)
+
+
+def _decode_tensor(value: dict[str, Any], device: torch.device, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    saved = tensors[value["tensor"]].to("cpu" if value["host"] else device, copy=True)
+    if "stride" not in value:
+        return saved
+    return torch.empty_strided(saved.shape, value["stride"], dtype=saved.dtype, device=saved.device).copy_(saved)
 
 
 def _decode_subclass(value: dict[str, Any], device: torch.device, tensors: Mapping[str, torch.Tensor]) -> Any:

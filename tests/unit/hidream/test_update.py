@@ -31,7 +31,9 @@ class TwoFactors(nn.Module):
         self.scalar = nn.Parameter(torch.tensor(1.0, dtype=dtype))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return (inputs @ self.w1.t() @ self.w2.t()) * self.scalar
+        hidden = inputs @ self.w1.t() @ self.w2.t()
+        output: torch.Tensor = hidden * self.scalar
+        return output
 
 
 def loss_of(model: TwoFactors, step: int, scale: float = 30.0) -> torch.Tensor:
