@@ -80,8 +80,9 @@ def test_a_mask_weighs_loss_and_gradient(
     masks = torch.rand(2, 1, *SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     masks[masks < 0.5] = 0
     weights = (masks > 0).double() if mask_type == "segmentation" else masks
-    # The second sample's mask is left out by chance.
-    weights = torch.stack([weights[0], torch.ones_like(weights[1])])
+    if mask_type == "segmentation":
+        # The second sample's is left out by chance.
+        weights = torch.stack([weights[0], torch.ones_like(weights[1])])
     losses = (_expected_velocity(reference, made) - (made.noise - made.latents)).square() * weights
     divisor = (16 * weights.sum(dim=(1, 2, 3))) if by_area else torch.full((2,), 16.0 * SIZE[0] * SIZE[1])
     loss = (losses.sum(dim=(1, 2, 3)) / divisor).mean()

@@ -1,6 +1,7 @@
 """Roll-outs of a whole step, against plain float64 loops over diffusers' module (spec 9)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -45,9 +46,9 @@ def _expected_inputs(reference: Any, made: Any, sampler: str) -> torch.Tensor:
     for index, offset in enumerate(OFFSETS):
         text = made.text.select([index])
         own = float(made.sigmas[index])
-        levels = [_level_above(own, steps) for steps in range(1, offset + 1)][::-1] + [own]
+        levels = [*(_level_above(own, steps) for steps in range(offset, 0, -1)), own]
         x = (1 - levels[0]) * made.latents[index : index + 1] + levels[0] * made.noise[index : index + 1]
-        for begin, end in zip(levels, levels[1:], strict=False):
+        for begin, end in pairwise(levels):
             slope = _velocity(reference, x, begin, text)
             if sampler == "heun":
                 slope = (slope + _velocity(reference, x + (end - begin) * slope, end, text)) / 2

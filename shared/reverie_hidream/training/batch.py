@@ -27,7 +27,7 @@ class BatchDraws:
     rollout_offsets: tuple[int, ...] = ()
     """Steps of the inference schedule that each sample is rolled out for; empty where no sample is."""
     uses_mask: tuple[bool, ...] = ()
-    """Which samples' masks apply; empty is all of them."""
+    """Which samples' segmentations apply; empty is all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,13 +139,15 @@ def pixel_losses(
 
 
 def mask_weights(masks: torch.Tensor, mask_type: str, uses_mask: Sequence[bool]) -> torch.Tensor:
-    """Weight of every latent pixel: the mask, everything above 0 as 1 for a segmentation, 1 where it does not apply.
+    """Weight of every latent pixel: the mask, or of a segmentation everything above 0 as 1 (spec 3.6).
 
     Args:
         masks: (B, 1, h, w), 0 to 1.
-        uses_mask: which samples' masks apply; empty is all of them.
+        uses_mask: which samples' segmentations apply, the others weigh every pixel alike; empty is all of them.
     """
-    weights = (masks > 0).to(masks.dtype) if mask_type == "segmentation" else masks
+    if mask_type != "segmentation":
+        return masks
+    weights = (masks > 0).to(masks.dtype)
     if not uses_mask or all(uses_mask):
         return weights
     applies = torch.tensor(uses_mask, device=masks.device).view(-1, 1, 1, 1)

@@ -104,10 +104,14 @@ def test_a_small_mask_trains_as_strongly_by_area() -> None:
     assert mean_losses(losses, masks, by_area=True).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_a_mask_that_is_not_used_weighs_every_pixel_alike() -> None:
-    weights = mask_weights(_masks(), "mask", (True, False, True))
-    assert torch.equal(weights[0], _masks()[0])
+def test_a_segmentation_that_does_not_apply_weighs_every_pixel_alike() -> None:
+    weights = mask_weights(_masks(), "segmentation", (True, False, True))
+    assert torch.equal(weights[0], (_masks()[0] > 0).double())
     assert torch.equal(weights[1], torch.ones(1, 2, 3, dtype=torch.float64))
+
+
+def test_a_mask_by_brightness_always_applies() -> None:
+    assert torch.equal(mask_weights(_masks(), "mask", (True, False, True)), _masks())
 
 
 def test_reflexflow_is_that_of_a_plain_loop() -> None:

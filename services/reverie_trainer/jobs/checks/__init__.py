@@ -11,6 +11,7 @@ from reverie_trainer.jobs.checks.adapter import check_adapter
 from reverie_trainer.jobs.checks.data import check_datasets
 from reverie_trainer.jobs.checks.measures import check_checkpoints, check_evaluation
 from reverie_trainer.jobs.checks.model import check_model
+from reverie_trainer.jobs.checks.objective import check_objective
 from reverie_trainer.jobs.checks.optimization import check_optimization
 from reverie_trainer.jobs.checks.optimizers import check_ema
 from reverie_trainer.jobs.checks.outlets import check_outlets
@@ -31,6 +32,7 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
         *check_datasets(spec),
         *check_adapter(spec),
         *check_optimization(spec.optimization),
+        *check_objective(spec),
         *(check_ema(spec.ema) if spec.ema is not None else ()),
         *(check_validation(spec.validation) if spec.validation is not None else ()),
         *check_evaluation(spec),

@@ -12,24 +12,6 @@ from reverie_trainer.jobs.spec import JobSpec
 PENDING = frozenset(
     {
         "memory.offload_during_startup",
-        "optimization.timestep_sampling",
-        "optimization.flow_beta_schedule_alpha",
-        "optimization.flow_beta_schedule_beta",
-        "optimization.flow_custom_timesteps",
-        "optimization.flow_timesteps_mode",
-        "optimization.mixflow_gamma",
-        "optimization.flow_schedule_auto_shift",
-        "optimization.loss_type",
-        "optimization.huber_c",
-        "optimization.huber_schedule",
-        "optimization.input_perturbation",
-        "optimization.input_perturbation_steps",
-        "optimization.offset_noise",
-        "optimization.masked_loss_probability",
-        "optimization.masked_loss_normalise_area",
-        "optimization.use_load_balancing_loss",
-        "optimization.load_balancing_loss_weight",
-        "optimization.scheduled_sampling",
     }
 )
 """Paths without indices; `adapter` stands for whatever kind it is."""
