@@ -39,6 +39,14 @@ class TrainerSettings(ServerSettings, StoreSettings):
     checkpoint: str
     """HiDream checkpoint: a local directory, an s3:// prefix of the store, or a Hub id; the services use the same."""
 
+    source_buckets: CommaSeparated = ()
+    """Other buckets of the store's server that datasets may be imported from, BUCKET[,BUCKET]; the VAE service needs
+    the same setting."""
+
+    source_hosts: CommaSeparated = ()
+    """Hosts that images may be imported from by https, HOST[:PORT][,HOST[:PORT]]. A private address must be listed
+    itself; http is only for loopback addresses."""
+
     state_dir: Path = Field(default_factory=_default_state_dir)
     """Directory of the SQLite database and the workers' logs."""
 

@@ -14,7 +14,8 @@ from reverie_common.storage import ObjectStore
 from reverie_common.storage.keys import image_key
 
 from reverie_trainer.jobs.checks import check_dataset_name
-from reverie_trainer.jobs.datasets import Datasets, check_files, check_samples, refuse, sample_from_proto
+from reverie_trainer.jobs.datasets import Datasets, MutationId, check_files, check_samples, refuse, sample_from_proto
+from reverie_trainer.jobs.imports import Importer
 from reverie_trainer.jobs.inspection import ImageInspector, scan
 from reverie_trainer.jobs.manifests import Sample
 from reverie_trainer.jobs.paging import read_page, write_token
@@ -29,7 +30,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DatasetServicer(training_pb2_grpc.DatasetServiceServicer):
     """Serves reverie.training.v1.DatasetService."""
 
-    def __init__(self, datasets: Datasets, store: ObjectStore, inspector: ImageInspector) -> None:
+    def __init__(self, datasets: Datasets, store: ObjectStore, inspector: ImageInspector, importer: Importer) -> None:
+        self._importer = importer
         self._datasets = datasets
         self._store = store
         self._inspector = inspector
@@ -75,10 +77,20 @@ class DatasetServicer(training_pb2_grpc.DatasetServiceServicer):
             samples.update({sample.name: sample for sample in part})
         check_request_id(request_id)
         refuse([*check_dataset_name(dataset, "dataset"), *violations], "the samples are not added")
-        added = await self._datasets.add(dataset, request_id, digest.hexdigest(), list(samples.values()))
+        mutation = MutationId(method="AddSamples", request_id=request_id, digest=digest.hexdigest())
+        added = await self._datasets.add(dataset, mutation, list(samples.values()))
         return training_pb2.AddSamplesResponse(
             dataset=added.dataset, num_added=added.num_added, num_replaced=added.num_replaced
         )
+
+    async def ImportSamples(
+        self, request: training_pb2.ImportSamplesRequest, context: Context
+    ) -> AsyncIterator[training_pb2.ImportSamplesResponse]:
+        """See the contract."""
+        check_request_id(request.request_id)
+        refuse(check_dataset_name(request.dataset, "dataset"), "nothing is imported")
+        async for response in self._importer.run(request):
+            yield response
 
     async def GetDataset(
         self, request: training_pb2.GetDatasetRequest, context: Context

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.checks import MAX_PROMPT_CHARACTERS
 from reverie_trainer.jobs.database import Database
-from reverie_trainer.jobs.manifests import Manifest, Sample, delete_contents, manifest_body, parse_manifest
+from reverie_trainer.jobs.manifests import Manifest, Sample, delete_contents, is_uploaded, manifest_body, parse_manifest
 from reverie_trainer.jobs.models import DatasetRow, JobRow
 from reverie_trainer.jobs.records import ACTIVE_STATES, CANCELLED, FAILED
 from reverie_trainer.jobs.requests import find_repetition, remember
@@ -36,6 +36,16 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARALLEL_HEADS = 16
 _ATTEMPTS = 5
 _MAX_VIOLATIONS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MutationId:
+    """What tells the repetition of a call from a new one."""
+
+    method: str
+    request_id: str
+    digest: str
+    """Over the whole request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,21 +128,28 @@ class Datasets:
         uri = self._store.uri(image_key(sha256))
         return common_pb2.ObjectRef(uri=uri, size_bytes=size_bytes, sha256=sha256, media_type=OBJECT_MEDIA_TYPE)
 
-    async def add(self, name: str, request_id: str, digest: str, samples: Sequence[Sample]) -> AddedSamples:
+    async def repeated(self, request: MutationId) -> training_pb2.Dataset | None:
+        """Return the dataset that the same request was carried out on before, None for a new request."""
+        name = await self._database.run(
+            lambda session: find_repetition(session, request.method, request.request_id, request.digest)
+        )
+        return None if name is None else await self.get(name)
+
+    async def add(self, name: str, request: MutationId, samples: Sequence[Sample]) -> AddedSamples:
         """Add samples whose images are in the store; one of the same name is replaced. All or nothing.
 
         Raises:
             InvalidArgumentError: with everything that is wrong with the samples.
             NotFoundError: there is no such dataset.
         """
-        repeated = await self._database.run(lambda session: find_repetition(session, "AddSamples", request_id, digest))
+        repeated = await self.repeated(request)
         if repeated is not None:
-            return AddedSamples(dataset=await self.get(repeated))
+            return AddedSamples(dataset=repeated)
         await self.get(name)
         async with self._images:
             await self._require_images(samples)
             for _ in range(_ATTEMPTS):
-                added = await self._try_to_add(name, request_id, digest, samples)
+                added = await self._try_to_add(name, request, samples)
                 if added is not None:
                     return added
         raise AbortedError(
@@ -141,9 +158,7 @@ class Datasets:
             metadata={"dataset": name},
         )
 
-    async def _try_to_add(
-        self, name: str, request_id: str, digest: str, samples: Sequence[Sample]
-    ) -> AddedSamples | None:
+    async def _try_to_add(self, name: str, request: MutationId, samples: Sequence[Sample]) -> AddedSamples | None:
         before = (await self.get(name)).version
         present = {sample.name: sample for sample in (await self.load(name, before)).samples}
         num_replaced = len(present.keys() & {sample.name for sample in samples})
@@ -155,9 +170,7 @@ class Datasets:
             )
         manifest = Manifest(samples=tuple(present[key] for key in sorted(present)))
         await self._write_manifest(name, manifest)
-        dataset = await self._database.run(
-            lambda session: _replace(session, name, before, manifest, request_id, digest)
-        )
+        dataset = await self._database.run(lambda session: _replace(session, name, before, manifest, request))
         if dataset is None:
             return None
         return AddedSamples(dataset=dataset, num_added=len(samples) - num_replaced, num_replaced=num_replaced)
@@ -168,16 +181,22 @@ class Datasets:
         await asyncio.to_thread(lambda: self._store.create(key, body, media_type=JSON_MEDIA_TYPE))
 
     async def _require_images(self, samples: Sequence[Sample]) -> None:
-        sizes = await self._sizes([image_key(sample.image.sha256) for sample in samples])
+        files = [
+            (f"samples[{index}].{field}", sample.name, file)
+            for index, sample in enumerate(samples)
+            for field, file in zip(("image", "mask"), sample.files, strict=False)
+            if is_uploaded(file, self._store)
+        ]
+        sizes = await self._sizes([image_key(file.sha256) for _, _, file in files])
         violations = []
-        for index, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-            if size != sample.image.size_bytes:
+        for (field, name, file), size in zip(files, sizes, strict=True):
+            if size != file.size_bytes:
                 found = "it has not been uploaded" if size is None else f"the store holds {size} bytes of it"
                 violations.append(
                     FieldViolation(
-                        field=f"samples[{index}].image",
-                        description=f"{sample.name!r}: {found}, expected {sample.image.size_bytes} bytes; upload the "
-                        "file to the URL that CreateUploads gives",
+                        field=field,
+                        description=f"{name!r}: {found}, expected {file.size_bytes} bytes; upload the file to the URL "
+                        "that CreateUploads gives",
                     )
                 )
         refuse(violations, "images are missing from the store")
@@ -238,7 +257,8 @@ def check_samples(samples: Sequence[Sample], store: ObjectStore, first_index: in
                     field=f"{path}.name", description=f"{sample.name[:80]!r} needs 1 to 255 printable characters"
                 )
             )
-        violations += _check_image(f"{path}.image", sample, store)
+        for field, file in zip(("image", "mask"), sample.files, strict=False):
+            violations += _check_file(f"{path}.{field}", sample.name, file, store)
         if len(sample.captions) > MAX_CAPTIONS:
             violations.append(
                 FieldViolation(
@@ -271,17 +291,17 @@ def refuse(violations: Sequence[FieldViolation], summary: str) -> None:
 def sample_from_proto(message: training_pb2.Sample) -> Sample:
     """Return the domain form of a sample; captions of white space only count as missing."""
     captions = tuple(caption for caption in message.captions if caption.strip())
-    return Sample(name=message.name, image=message.image, captions=captions)
+    mask = message.mask if message.HasField("mask") else None
+    return Sample(name=message.name, image=message.image, captions=captions, mask=mask)
 
 
-def _check_image(path: str, sample: Sample, store: ObjectStore) -> list[FieldViolation]:
-    image = sample.image
-    if not _SHA256.fullmatch(image.sha256):
-        description = f"{sample.name!r} has sha256 {image.sha256[:80]!r}, which is no lower-case hex sha256"
+def _check_file(path: str, name: str, file: common_pb2.ObjectRef, store: ObjectStore) -> list[FieldViolation]:
+    if not _SHA256.fullmatch(file.sha256):
+        description = f"{name!r} has sha256 {file.sha256[:80]!r}, which is no lower-case hex sha256"
         return [FieldViolation(field=f"{path}.sha256", description=description)]
-    expected = store.uri(image_key(image.sha256))
-    if image.uri != expected:
-        description = f"{sample.name!r} has uri {image.uri[:200]!r}, expected {expected!r} as CreateUploads gives it"
+    if not is_uploaded(file, store):
+        expected = store.uri(image_key(file.sha256))
+        description = f"{name!r} has uri {file.uri[:200]!r}, expected {expected!r} as CreateUploads gives it"
         return [FieldViolation(field=f"{path}.uri", description=description)]
     return []
 
@@ -321,7 +341,7 @@ def _versions(session: Session, names: set[str]) -> dict[str, str]:
 
 
 def _replace(
-    session: Session, name: str, before: str, manifest: Manifest, request_id: str, digest: str
+    session: Session, name: str, before: str, manifest: Manifest, request: MutationId
 ) -> training_pb2.Dataset | None:
     row = require_dataset(session, name)
     if row.version != before:
@@ -329,7 +349,7 @@ def _replace(
     row.version = manifest.version
     row.num_samples = len(manifest.samples)
     row.size_bytes = manifest.size_bytes
-    remember(session, "AddSamples", request_id, digest, name)
+    remember(session, request.method, request.request_id, request.digest, name)
     return dataset_message(row)
 
 

@@ -66,7 +66,7 @@ def delete_contents(store: ObjectStore, name: str) -> None:
     versions = []
     for info in store.list(everything):
         samples = parse_manifest(store.get(info.key)).samples
-        digests = {file.sha256 for sample in samples for file in sample.files}
+        digests = {file.sha256 for sample in samples for file in sample.files if is_uploaded(file, store)}
         if info.key.startswith(prefix):
             own |= digests
             versions.append(info.key)
@@ -76,6 +76,11 @@ def delete_contents(store: ObjectStore, name: str) -> None:
         store.delete(image_key(digest))
     for key in versions:
         store.delete(key)
+
+
+def is_uploaded(file: common_pb2.ObjectRef, store: ObjectStore) -> bool:
+    """Whether a file is one of ours; others were imported and are read where they are."""
+    return file.uri == store.uri(image_key(file.sha256))
 
 
 def _prefix(name: str) -> str:

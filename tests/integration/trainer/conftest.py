@@ -173,7 +173,8 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
         raise AssertionError("preparation decodes nothing")
 
     def _size(self, image: common_pb2.ObjectRef) -> tuple[int, int] | None:
-        text = self.store.get(self.store.key_of(image.uri)).decode().partition(" ")[0]
+        store = self.store.sibling(image.uri.split("/")[2])
+        text = store.get(store.key_of(image.uri)).decode().partition(" ")[0]
         width, _, height = text.partition("x")
         return (int(width), int(height)) if width.isdigit() and height.isdigit() else None
 

@@ -59,6 +59,7 @@ ALL_KEYS = [
     keys.text_key("f", DIGEST),
     keys.on_demand_key("f", DIGEST),
     keys.latent_key("f", DIGEST),
+    keys.mask_key(DIGEST),
     keys.sample_key(DIGEST),
     keys.adapter_snapshot_key(DIGEST),
     keys.dataset_manifest_key("d", 3),
