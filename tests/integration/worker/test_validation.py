@@ -13,7 +13,7 @@ from reverie.sampling.v1 import sampling_pb2
 from reverie.sampling.v1.sampling_pb2_grpc import SamplingServiceServicer, add_SamplingServiceServicer_to_server
 from reverie.training.v1.job_pb2 import TrainingJobEvent
 from reverie.training.v1.training_pb2 import WORKER_OUTCOME_STOPPED, WORKER_OUTCOME_SUCCEEDED
-from reverie_common.errors import InvalidArgumentError
+from reverie_common.errors import FailedPreconditionError, InvalidArgumentError
 from reverie_common.rpc.server import ServedService
 from reverie_common.storage import get_object
 from reverie_common.storage.keys import checkpoint_manifest_key
@@ -32,12 +32,16 @@ VALIDATION: dict[str, Any] = {
 }
 
 
+PREVIEW = ObjectRef(uri="s3://bucket/preview.png", media_type="image/png")
+
+
 class QuickSampler(SamplingServiceServicer):
     """Answers at once with pictures that it does not draw, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.requests: list[sampling_pb2.SampleRequest] = []
         self.refuses = False
+        self.has_clip_model = True
 
     async def Sample(  # noqa: N802 - gRPC's name
         self, request: sampling_pb2.SampleRequest, context: Any
@@ -45,7 +49,14 @@ class QuickSampler(SamplingServiceServicer):
         self.requests.append(request)
         if self.refuses:
             raise InvalidArgumentError("too large")
+        if request.clip_score and not self.has_clip_model:
+            raise FailedPreconditionError("start it with --clip-model", reason="NO_CLIP_MODEL")
         yield sampling_pb2.SampleResponse(progress=sampling_pb2.SamplingProgress(step=1, num_steps=1))
+        if request.preview_steps:
+            preview = sampling_pb2.SamplingPreview(step=1, num_steps=20, timestep=1000.0, image=PREVIEW)
+            yield sampling_pb2.SampleResponse(preview=preview)
+            notice = sampling_pb2.SamplingNotice(reason="PREVIEWS_LOST", message="the VAE is slow")
+            yield sampling_pb2.SampleResponse(notice=notice)
         for index in range(request.num_images):
             image = sampling_pb2.SampledImage(
                 image_index=index,
@@ -53,6 +64,7 @@ class QuickSampler(SamplingServiceServicer):
                 width=request.width,
                 height=request.height,
                 seed=request.seed + index,
+                clip_score=20.0 + index if request.clip_score else None,
             )
             yield sampling_pb2.SampleResponse(image=image)
 
@@ -95,6 +107,24 @@ def test_asks_for_every_picture_of_every_round_once(prepared: Any, work: Work, s
     assert trainer.phases["validate"] > 0
 
 
+@pytest.mark.parametrize(
+    ("wanted", "drawn"), [("none", ["adapter"]), ("ema_only", ["ema"]), ("comparison", ["adapter", "ema"])]
+)
+def test_draws_the_adapter_the_average_or_both(
+    prepared: Any, work: Work, serve_sampler: Any, wanted: str, drawn: list[str]
+) -> None:
+    validation = {**VALIDATION, "prompts": VALIDATION["prompts"][:1], "resolutions": ["64x64"], "num_images": 1}
+    changes = {"validation": validation, "ema": {"decay": 0.9, "validation": wanted}}
+    sampler, trainer = QuickSampler(), prepared.trainer(name=f"job-{wanted.replace('_', '-')}", **changes)
+    with serve_sampler(sampler) as address:
+        assert work(trainer, sampler=address) == 0
+    images = trainer.of_kind("validation_image")
+    results = {"adapter": trainer.completions[0].adapter, "ema": trainer.completions[0].ema_adapter}
+    asked = [request.adapter.sha256 for request in sampler.requests[-len(drawn) :]]
+    assert [(image.step, image.weights) for image in images if image.step] == [(s, w) for s in (3, 6) for w in drawn]
+    assert asked == [results[weights].sha256 for weights in drawn]
+
+
 def test_asks_for_what_the_job_says(prepared: Any, work: Work, serve_sampler: Any) -> None:
     sampler, trainer = QuickSampler(), prepared.trainer(name="job-asked", validation=VALIDATION)
     with serve_sampler(sampler) as address:
@@ -105,6 +135,32 @@ def test_asks_for_what_the_job_says(prepared: Any, work: Work, serve_sampler: An
     assert not base.HasField("adapter")
     assert last.adapter.sha256 == trainer.completions[0].adapter.sha256
     assert hashlib.sha256(get_object(prepared.store, last.adapter)).hexdigest() == last.adapter.sha256
+
+
+def test_previews_and_scores_become_events(prepared: Any, work: Work, serve_sampler: Any) -> None:
+    validation = {**VALIDATION, "preview_steps": 5, "clip_score": True, "unconditional": True, "resolutions": ["64x64"]}
+    sampler, trainer = QuickSampler(), prepared.trainer(name="job-scored", validation=validation)
+    with serve_sampler(sampler) as address:
+        assert work(trainer, sampler=address) == 0
+    previews = [(one.step, one.prompt_name, one.sampling_step) for one in trainer.of_kind("validation_preview")]
+    assert previews == [(step, name, 1) for step in (0, 3, 6) for name in ("unconditional", "cat", "dog")]
+    assert trainer.of_kind("validation_preview")[0].image == PREVIEW
+    assert [image.clip_score for image in trainer.of_kind("validation_image")] == [20.0, 21.0] * 9
+    scores = [(one.step, one.num_pictures, one.mean) for one in trainer.of_kind("validation_scores")]
+    assert scores == [(0, 6, 20.5), (3, 6, 20.5), (6, 6, 20.5)]
+    assert trainer.notices().count("PREVIEWS_LOST") == 1  # once for the job, not for each picture
+
+
+def test_a_sampler_that_cannot_score_draws_all_the_same(prepared: Any, work: Work, serve_sampler: Any) -> None:
+    sampler = QuickSampler()
+    sampler.has_clip_model = False
+    trainer = prepared.trainer(name="job-unscored", validation={**VALIDATION, "clip_score": True})
+    with serve_sampler(sampler) as address:
+        assert work(trainer, sampler=address) == 0
+    assert len(trainer.of_kind("validation_image")) == 3 * 8
+    assert trainer.of_kind("validation_scores") == []
+    assert trainer.notices().count("CLIP_SCORE_LOST") == 1
+    assert sum(request.clip_score for request in sampler.requests) == 1
 
 
 def test_the_base_model_is_not_drawn_where_the_job_does_not_want_it(

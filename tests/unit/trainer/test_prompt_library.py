@@ -54,6 +54,7 @@ def test_a_job_needs_no_prompt_of_its_own(alone: dict[str, bool]) -> None:
         ({"prompt_library": True, "guidance_rescale": "NaN"}, "validation.guidance_rescale", "nan"),
         ({"prompt_library": True, "preview_steps": 201}, "validation.preview_steps", "0 to 200"),
         ({"prompt_library": True, "scheduler": "unipcc"}, "validation.scheduler", "did you mean 'unipc'"),
+        ({"prompt_library": True, "every_epochs": -1}, "validation.every_epochs", "-1 is outside 0"),
         ({"prompt_library": True, "shift": 0}, "validation.shift", "above 0"),
         (
             {"prompts": [{"name": "a", "prompt": "x", "adapter_strength": 11}]},

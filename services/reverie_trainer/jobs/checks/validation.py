@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from reverie_common.errors import FieldViolation
 from reverie_common.sampling_methods import SCHEDULERS
 
+from reverie_trainer.jobs.checks.measures import MAX_EPOCHS
 from reverie_trainer.jobs.checks.rules import PROMPT_NAME, between, name, one_of, real, repeated, text, violation
 from reverie_trainer.jobs.prompt_library import LIBRARY_PREFIX, prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt
@@ -25,6 +26,7 @@ def check_validation(validation: Validation) -> Iterator[FieldViolation]:
     """Yield what is wrong with the validation."""
     path = "validation"
     yield from _prompts(f"{path}.prompts", validation)
+    yield from between(f"{path}.every_epochs", validation.every_epochs, 0, MAX_EPOCHS, "epochs")
     for index, size in enumerate(validation.resolutions):
         yield from _picture_size(f"{path}.resolutions[{index}]", size)
     yield from repeated(f"{path}.resolutions", validation.resolutions)
