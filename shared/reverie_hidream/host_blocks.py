@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+Place = tuple[torch.Tensor, Callable[[torch.Tensor], None]]
+"""A plain tensor, and how to put another in its stead."""
+
 _ALIGNMENT = 256
 """Bytes; what CUDA's allocator gives, and more than any kernel asks for."""
 
@@ -25,7 +28,7 @@ _WAITING = "_reverie_host_block"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
+class _Region:
     """One plain tensor of a block's weights: where it lies in a buffer, and how to put another in its stead."""
 
     offset: int
@@ -46,21 +49,21 @@ class _HostBlock:
 
     def __init__(self, block: nn.Module, *, pinned: bool) -> None:
         tensors = [
-            each for parameter in block.parameters() if not parameter.requires_grad for each in _plain(parameter)
+            each for parameter in block.parameters() if not parameter.requires_grad for each in plain_tensors(parameter)
         ]
-        self.places: list[_Place] = []
+        self.regions: list[_Region] = []
         end = 0
         for tensor, put in tensors:
-            self.places.append(_place(tensor, put, end))
-            end += -(-self.places[-1].num_bytes // _ALIGNMENT) * _ALIGNMENT
+            self.regions.append(_region(tensor, put, end))
+            end += -(-self.regions[-1].num_bytes // _ALIGNMENT) * _ALIGNMENT
         self.buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        for place, (tensor, _) in zip(self.places, tensors, strict=True):
-            place.view(self.buffer).copy_(tensor)
+        for region, (tensor, _) in zip(self.regions, tensors, strict=True):
+            region.view(self.buffer).copy_(tensor)
         self.point_at(self.buffer)
 
     def point_at(self, buffer: torch.Tensor) -> None:
-        for place in self.places:
-            place.put(place.view(buffer))
+        for region in self.regions:
+            region.put(region.view(buffer))
 
 
 class _Slot:
@@ -204,10 +207,10 @@ def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(output)
 
 
-def _place(tensor: torch.Tensor, put: Callable[[torch.Tensor], None], offset: int) -> _Place:
+def _region(tensor: torch.Tensor, put: Callable[[torch.Tensor], None], offset: int) -> _Region:
     # Strides are kept, also those of a transposed tensor: kernels may count on them.
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return _Place(
+    return _Region(
         offset=offset,
         dtype=tensor.dtype,
         shape=tuple(tensor.shape),
@@ -217,7 +220,7 @@ def _place(tensor: torch.Tensor, put: Callable[[torch.Tensor], None], offset: in
     )
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[Place]:
     """The plain tensors that a weight of any precision is made of, and how to replace each.
 
     Of bitsandbytes' weights, the 4-bit values; their scales, 3 % of the memory, are used where they are.
@@ -226,7 +229,7 @@ def _plain(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, Callable[[torch
     for name in names:
         inner = getattr(tensor, name)
         if _inner_names(inner):
-            yield from _plain(inner)
+            yield from plain_tensors(inner)
         else:
             yield inner, partial(setattr, tensor, name)
     if not names:

@@ -184,6 +184,12 @@ def stack_experts(moe: nn.Module) -> None:
     object.__setattr__(experts, _STACKS, stacks)
 
 
+def unstack_experts(module: nn.Module) -> bool:
+    """Let go of the stacked buffers of a mixture of experts; returns whether there were any. The weights stay."""
+    experts = getattr(module, "experts", None)
+    return experts is not None and vars(experts).pop(_STACKS, None) is not None
+
+
 def _stacked_weights(experts: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor] | None:
     """The stacked weights, when they may be used: still those of the experts, and no adapter on any of them."""
     stacks: dict[str, torch.Tensor] | None = getattr(experts, _STACKS, None)

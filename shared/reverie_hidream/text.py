@@ -133,6 +133,11 @@ class TextEncoder:
     _tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
     """A tokenizer keeps padding and truncation as state, which calls of two threads would mix up."""
 
+    @property
+    def module(self) -> Any:
+        """The model, frozen."""
+        return self._model
+
     def encode(self, prompts: Sequence[str]) -> list[EncodedText]:
         """Encode prompts of any length, also the empty one. Blocks.
 
