@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
+from reverie_hidream.adapters.adapter import TrainableAdapter
 from reverie_hidream.adapters.files import AdapterFileError, load_adapter
-from reverie_hidream.adapters.lokr import LokrAdapter
 from reverie_hidream.checkpoint import component_fingerprint, require_parts
 from reverie_hidream.compilation import CompiledPrediction
 from reverie_hidream.conditioning import TextConditioning, collate
@@ -123,7 +123,7 @@ class SamplerEngine:
         self._num_channels = int(transformer.config.in_channels)
         self._compiled = CompiledPrediction(backend=compile_backend)
         # All are on the model, at strength 0 but for the one that draws: swapping moves no bytes.
-        self._adapters: OrderedDict[str, LokrAdapter] = OrderedDict()
+        self._adapters: OrderedDict[str, TrainableAdapter] = OrderedDict()
 
     @property
     def adapter_sha256s(self) -> Sequence[str]:

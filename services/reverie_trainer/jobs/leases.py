@@ -20,10 +20,10 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.artifacts import (
-    ADAPTER_PATH,
-    EMA_ADAPTER_PATH,
     LYCORIS_CONFIG_PATH,
     METRICS_PATH,
+    adapter_path,
+    ema_adapter_path,
     validation_image_path,
 )
 from reverie_trainer.jobs.database import mark_changed
@@ -40,6 +40,7 @@ from reverie_trainer.jobs.records import (
     write_record,
 )
 from reverie_trainer.jobs.repository import INFO, fail_job, get_job, put_artifact, succeed, transition
+from reverie_trainer.jobs.spec import spec_from_proto
 
 WORKER_EVENTS = (
     "step",
@@ -180,13 +181,14 @@ def complete_job(session: Session, request: training_pb2.CompleteJobRequest) -> 
 
 
 def _put_results(session: Session, row: JobRow, request: training_pb2.CompleteJobRequest) -> None:
-    put_artifact(session, row.job_id, ADAPTER_PATH, request.adapter)
+    adapter = spec_from_proto(read_spec(row)).adapter
+    put_artifact(session, row.job_id, adapter_path(adapter), request.adapter)
     if request.HasField("metrics"):
         put_artifact(session, row.job_id, METRICS_PATH, request.metrics)
     if request.HasField("lycoris_config"):
         put_artifact(session, row.job_id, LYCORIS_CONFIG_PATH, request.lycoris_config)
     if request.HasField("ema_adapter"):
-        put_artifact(session, row.job_id, EMA_ADAPTER_PATH, request.ema_adapter)
+        put_artifact(session, row.job_id, ema_adapter_path(adapter), request.ema_adapter)
         record = read_record(row)
         record.ema_adapter.CopyFrom(request.ema_adapter)
         write_record(row, record)

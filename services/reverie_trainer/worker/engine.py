@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import diffusers
 import torch
 from reverie_common.storage import RawTensor
-from reverie_hidream.adapters.lokr import LokrAdapter
+from reverie_hidream.adapters import TrainableAdapter
 from reverie_hidream.ema import Ema, EmaSettings
 from reverie_hidream.optimizers import UpdateSettings, build_update, learning_rate_at
 from reverie_hidream.tensor_io import from_raw, to_raw
@@ -31,7 +31,7 @@ class TrainingEngine:
     def __init__(
         self,
         transformer: diffusers.HiDreamImageTransformer2DModel,
-        adapter: LokrAdapter,
+        adapter: TrainableAdapter,
         optimization: Optimization,
         *,
         ema: EmaChoice | None = None,
@@ -73,7 +73,7 @@ class TrainingEngine:
 
     @contextmanager
     def weights(self, which: str = "adapter") -> Iterator[None]:
-        """Hold the weights that are worth using in the adapter, to export, draw or measure them.
+        """Hold the weights that are worth using in the adapter, to export, draw or measure them; without dropouts.
 
         Args:
             which: `adapter`, what a schedule-free optimiser averages and others train; `ema`, the running average.
@@ -81,14 +81,12 @@ class TrainingEngine:
         Raises:
             ValueError: the job keeps no running average.
         """
-        with self._update.averaged():
-            if which == "adapter":
+        self._adapter.train(False)
+        try:
+            with self._update.averaged(), self._swapped(which):
                 yield
-                return
-            if self._ema is None:
-                raise ValueError("this job keeps no running average; give it `ema`")
-            with self._ema.swapped():
-                yield
+        finally:
+            self._adapter.train(True)
 
     def evaluate(self, batches: Iterable[EvaluationBatch], num_timesteps: int, which: str = "adapter") -> Evaluation:
         """Measure the stable evaluation loss of the weights that are worth using; see `weights`. Blocks.
@@ -98,6 +96,13 @@ class TrainingEngine:
         """
         with self.weights(which):
             return self._step.evaluate(batches, num_timesteps=num_timesteps)
+
+    def _swapped(self, which: str) -> AbstractContextManager[None]:
+        if which == "adapter":
+            return nullcontext()
+        if self._ema is None:
+            raise ValueError("this job keeps no running average; give it `ema`")
+        return self._ema.swapped()
 
     def export(self, metadata: Mapping[str, str], which: str = "adapter") -> bytes:
         """The adapter as the file that LyCORIS and ComfyUI load (spec 4.6); see `weights`."""

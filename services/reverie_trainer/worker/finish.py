@@ -11,6 +11,7 @@ from reverie.training.v1.training_pb2 import WORKER_OUTCOME_SUCCEEDED, CompleteJ
 from reverie_common.storage import JSON_MEDIA_TYPE, OBJECT_MEDIA_TYPE, ObjectStore, put_object
 from reverie_common.storage.keys import artifact_key
 
+from reverie_trainer.jobs.artifacts import adapter_path, ema_adapter_path
 from reverie_trainer.worker.adapter_file import lycoris_config_file
 from reverie_trainer.worker.job import LeasedJob
 from reverie_trainer.worker.model import ModelLoader, TrainedAdapter
@@ -19,8 +20,6 @@ from reverie_trainer.worker.proof import prove_export
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_NAME = "adapter/pytorch_lora_weights.safetensors"
-EMA_ADAPTER_NAME = "adapter/ema_pytorch_lora_weights.safetensors"
 CONFIG_NAME = "adapter/lycoris_config.json"
 METRICS_NAME = "metrics.jsonl"
 
@@ -50,16 +49,21 @@ class Finisher:
         self.outbox.inform(
             "ADAPTER_PROVEN",
             f"loaded into a fresh model, the exported adapter changes its output by {proof.change:.2%} and differs "
-            f"from the trained one by {proof.difference:.1e} (limit {proof.tolerance:.0e})",
+            f"from the trained one by {proof.difference:.1e} (limit {proof.tolerance:.0e}); it changes the picture of "
+            f"a fixed prompt by {proof.picture_change:.2%}",
         )
         completion = CompleteJobRequest(
             outcome=WORKER_OUTCOME_SUCCEEDED,
-            adapter=self._put(ADAPTER_NAME, trained.file, OBJECT_MEDIA_TYPE),
+            adapter=self._put(adapter_path(self.job.adapter), trained.file, OBJECT_MEDIA_TYPE),
             metrics=self._put(METRICS_NAME, metrics_file, "application/jsonl"),
-            lycoris_config=self._put(CONFIG_NAME, lycoris_config_file(self.job.adapter), JSON_MEDIA_TYPE),
         )
+        lycoris_config = lycoris_config_file(self.job.adapter)
+        if lycoris_config is not None:
+            completion.lycoris_config.CopyFrom(self._put(CONFIG_NAME, lycoris_config, JSON_MEDIA_TYPE))
         if trained.ema_file is not None:
-            completion.ema_adapter.CopyFrom(self._put(EMA_ADAPTER_NAME, trained.ema_file, OBJECT_MEDIA_TYPE))
+            completion.ema_adapter.CopyFrom(
+                self._put(ema_adapter_path(self.job.adapter), trained.ema_file, OBJECT_MEDIA_TYPE)
+            )
         return completion
 
     def _put(self, name: str, body: bytes, media_type: str) -> ObjectRef:

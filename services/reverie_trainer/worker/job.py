@@ -10,7 +10,7 @@ from reverie.training.v1.training_pb2 import LeaseJobResponse
 from reverie_common.errors import InvalidArgumentError
 from reverie_common.storage import ObjectStore, get_object
 
-from reverie_trainer.jobs.spec import JobSpec, LokrAdapter, spec_from_proto
+from reverie_trainer.jobs.spec import Adapter, JobSpec, spec_from_proto
 from reverie_trainer.worker.checkpoints import SavedCheckpoint, read_checkpoint
 from reverie_trainer.worker.samples import PreparedData, read_manifest
 
@@ -28,13 +28,13 @@ class LeasedJob:
     """Where an earlier worker came to; None for a fresh start."""
 
     @property
-    def adapter(self) -> LokrAdapter:
+    def adapter(self) -> Adapter:
         """The adapter to train.
 
         Raises:
             InvalidArgumentError: the job names none.
         """
-        if not isinstance(self.spec.adapter, LokrAdapter):
+        if self.spec.adapter is None:
             raise InvalidArgumentError("adapter is missing; give adapter.lokr", reason="ADAPTER_MISSING")
         return self.spec.adapter
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from reverie_hidream.adapters.lokr import LokrAdapter, attach_lokr
+from reverie_hidream.adapters import TrainableAdapter, attach_adapter
 from reverie_hidream.checkpoint import require_parts
 from reverie_hidream.memory import set_checkpointing_interval
 from reverie_hidream.optimizers import parameter_dtype
@@ -15,7 +15,7 @@ from reverie_hidream.quantise import check_precision
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import load_transformer
 
-from reverie_trainer.worker.adapter_file import lokr_config
+from reverie_trainer.worker.adapter_file import adapter_config
 from reverie_trainer.worker.engine import TrainingEngine
 from reverie_trainer.worker.job import LeasedJob
 
@@ -62,16 +62,19 @@ class ModelLoader:
         set_checkpointing_interval(transformer, memory.gradient_checkpointing_interval)
         return transformer
 
-    def attach(self, transformer: diffusers.HiDreamImageTransformer2DModel) -> LokrAdapter:
+    def attach(self, transformer: diffusers.HiDreamImageTransformer2DModel) -> TrainableAdapter:
         """Put the job's adapter on a transformer; its start is a function of the job's seed.
 
         Raises:
             AdapterMatchesNothingError: no module is selected.
+            AdapterConfigError: a setting does not work on this model.
         """
         dtype = parameter_dtype(self.job.spec.optimization.optimizer)
-        return attach_lokr(transformer, lokr_config(self.job.adapter), dtype=dtype, seed=self.job.spec.seed)
+        return attach_adapter(transformer, adapter_config(self.job.adapter), dtype=dtype, seed=self.job.spec.seed)
 
-    def engine(self, transformer: diffusers.HiDreamImageTransformer2DModel, adapter: LokrAdapter) -> TrainingEngine:
+    def engine(
+        self, transformer: diffusers.HiDreamImageTransformer2DModel, adapter: TrainableAdapter
+    ) -> TrainingEngine:
         """Everything that one training step needs."""
         return TrainingEngine(
             transformer, adapter, self.job.spec.optimization, ema=self.job.spec.ema, seed=self.job.spec.seed

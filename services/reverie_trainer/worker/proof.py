@@ -1,14 +1,19 @@
-"""Proof that an exported adapter is the trained one: in a fresh model, it changes the output to the same."""
+"""Proof that an exported adapter is the trained one: in a fresh model, it changes the output to the same.
+
+Two things are measured: the velocity of one training batch, against that of the trained model; and a picture, drawn in
+a few steps from fixed noise for a fixed prompt, against that of the base model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import diffusers
 import torch
 from reverie_hidream.adapters.files import load_adapter
-from reverie_hidream.flow import noisy_latents, timesteps_of
+from reverie_hidream.flow import noisy_latents, schedule_sigmas, timesteps_of
 from reverie_hidream.training.batch import Batch
 from reverie_hidream.transformer import predict_velocity
 
@@ -17,6 +22,11 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 FILE_TOLERANCE = 0.02
 """The file holds bfloat16, three digits: its effect may differ by so much of itself."""
+
+NUM_PICTURE_STEPS = 4
+"""Enough for the change to build up; the picture is not for people."""
+
+_PICTURE_SHIFT = 3.0
 
 
 class ExportRefutedError(Exception):
@@ -32,6 +42,8 @@ class Proof:
     difference: float
     """How far the output of the loaded file is from that of the trained model, relative to the output."""
     tolerance: float
+    picture_change: float
+    """How far the loaded file moves the picture of a fixed prompt, relative to the base model's latents."""
 
 
 @torch.no_grad()
@@ -41,6 +53,19 @@ def probe(transformer: diffusers.HiDreamImageTransformer2DModel, batch: Batch) -
     sigmas = batch.draws.sigmas.to(device)
     latents = noisy_latents(batch.latents.to(device), batch.noise.to(device), sigmas)
     return predict_velocity(transformer, latents, timesteps_of(sigmas), batch.conditioning).cpu()
+
+
+@torch.no_grad()
+def draw_probe(transformer: diffusers.HiDreamImageTransformer2DModel, batch: Batch) -> torch.Tensor:
+    """The latents of a batch's prompts, drawn from its noise in a few Euler steps, on the CPU. (B, C, h, w)"""
+    device = transformer.x_embedder.proj.bias.device
+    latents = batch.noise.to(device)
+    levels = torch.cat([schedule_sigmas(NUM_PICTURE_STEPS, _PICTURE_SHIFT), torch.zeros(1)]).to(device)
+    for level, following in pairwise(levels):
+        sigmas = level.expand(latents.shape[0])
+        velocity = predict_velocity(transformer, latents, timesteps_of(sigmas), batch.conditioning)
+        latents = latents + (following - level) * velocity
+    return latents.cpu()
 
 
 def prove_export(
@@ -60,23 +85,31 @@ def prove_export(
         ExportRefutedError: it changes nothing, or not to the same.
     """
     transformer = load_base()
-    base_output = probe(transformer, batch)
+    base_output, base_picture = probe(transformer, batch), draw_probe(transformer, batch)
     load_adapter(transformer, body)
-    loaded_output = probe(transformer, batch)
+    loaded_output, loaded_picture = probe(transformer, batch), draw_probe(transformer, batch)
     change = _relative(loaded_output - base_output, base_output)
     proof = Proof(
         change=change,
         difference=_relative(loaded_output - trained_output, trained_output),
         tolerance=TOLERANCES[transformer.x_embedder.proj.bias.dtype] + FILE_TOLERANCE * change,
+        picture_change=_relative(loaded_picture - base_picture, base_picture),
     )
-    if not proof.change > 0:
-        raise ExportRefutedError("the exported adapter does not change the model's output: it learnt nothing")
+    _require(proof)
+    return proof
+
+
+def _require(proof: Proof) -> None:
+    if not (proof.change > 0 and proof.picture_change > 0):
+        raise ExportRefutedError(
+            f"the exported adapter changes the model's output by {proof.change:.2e} and the picture of a fixed prompt "
+            f"by {proof.picture_change:.2e}: it learnt nothing"
+        )
     if not proof.difference <= proof.tolerance:
         raise ExportRefutedError(
             f"the exported adapter differs from the trained one by {proof.difference:.2e} of the output, "
             f"at most {proof.tolerance:.0e} is rounding"
         )
-    return proof
 
 
 def _relative(difference: torch.Tensor, reference: torch.Tensor) -> float:

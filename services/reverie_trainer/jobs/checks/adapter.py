@@ -112,7 +112,7 @@ def _lora(path: str, adapter: LoraAdapter, base_precision: str) -> Iterator[Fiel
     if adapter.use_dora and base_precision != PLAIN:
         yield violation(
             f"{path}.use_dora",
-            f"true needs exact weights, and base_precision is {base_precision!r}; set that to {PLAIN}, or this to false",
+            f"true needs exact weights, base_precision is {base_precision!r}; set that to {PLAIN}, or this to false",
         )
     if adapter.use_dora and adapter.init_type in ("olora", "pissa"):
         yield violation(f"{path}.init_type", f"{adapter.init_type!r} excludes use_dora; use default")
