@@ -12,6 +12,7 @@ from reverie.training.v1.job_pb2 import (
     TrainingJobEvent,
     TrainingJobSpec,
     TrainingJobState,
+    ValidationImage,
 )
 from reverie.training.v1.training_pb2_grpc import TrainingServiceStub
 from reverie_common.errors import ReverieError, UnavailableError
@@ -176,14 +177,26 @@ class Jobs:
 
     async def metrics(self, job_id: str) -> tuple[StepMetrics, ...]:
         """Return the figures of every step so far, each step once, in order; does not wait for a running job."""
-        last = (await self.get(job_id)).last_sequence
-        steps: dict[int, StepMetrics] = {}
-        async for event in self.watch(job_id):
-            if event.HasField("step"):
-                steps[event.step.step] = event.step
-            if not event.HasField("snapshot") and event.sequence >= last:
-                break
+        steps = {event.step.step: event.step async for event in self._history(job_id) if event.HasField("step")}
         return tuple(steps[step] for step in sorted(steps))
+
+    async def validation_images(self, job_id: str) -> tuple[ValidationImage, ...]:
+        """Return every picture so far, each once, in the order in which they were drawn, with its CLIP score."""
+        found: dict[tuple[object, ...], ValidationImage] = {}
+        async for event in self._history(job_id):
+            if event.HasField("validation_image"):
+                image = event.validation_image
+                size = (image.width, image.height)
+                found[(image.step, image.weights, image.prompt_name, size, image.image_index)] = image
+        return tuple(found.values())
+
+    async def _history(self, job_id: str) -> AsyncIterator[TrainingJobEvent]:
+        """Yield what has happened so far; does not wait for a running job."""
+        last = (await self.get(job_id)).last_sequence
+        async for event in self.watch(job_id):
+            yield event
+            if not event.HasField("snapshot") and event.sequence >= last:
+                return
 
     async def fetch(self, job_id: str, folder: Path, *, on_progress: OnProgress = ignore_progress) -> tuple[Path, ...]:
         """Download every file that a job made into `folder`, under the artifact's path; returns the files.

@@ -1,4 +1,4 @@
-"""A job's results in a folder: job.json, everything that the job made, and the two pictures that sum it up."""
+"""A job's results in a folder: job.json, everything that the job made, its scores, and the pictures that sum it up."""
 
 import asyncio
 import json
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
-from reverie.training.v1.job_pb2 import StepMetrics, TrainingJob
+from reverie.training.v1.job_pb2 import StepMetrics, TrainingJob, ValidationImage
 
 from reverie_client.client import Reverie
 from reverie_client.report import Metrics, draw_loss, draw_sheet, find_pictures
+from reverie_client.scores import write_scores
 from reverie_client.transfer import OnProgress, ignore_progress
 
 ADAPTER_PATH = "adapter/pytorch_lora_weights.safetensors"
@@ -27,6 +28,8 @@ class Results:
     """None where the job has drawn no picture."""
     loss: Path | None
     """None where the job has done no step."""
+    scores: Path | None
+    """None where no picture was scored."""
 
 
 async def write_results(
@@ -38,11 +41,14 @@ async def write_results(
     """
     files = await reverie.jobs.fetch(job_id, folder, on_progress=on_progress)
     steps = await reverie.jobs.metrics(job_id)
+    images = await reverie.jobs.validation_images(job_id)
     job = await reverie.jobs.get(job_id)
-    return await asyncio.to_thread(_draw, job, folder, files, metrics_of(steps))
+    return await asyncio.to_thread(_draw, job, folder, files, metrics_of(steps), images)
 
 
-def _draw(job: TrainingJob, folder: Path, files: tuple[Path, ...], metrics: Metrics) -> Results:
+def _draw(
+    job: TrainingJob, folder: Path, files: tuple[Path, ...], metrics: Metrics, images: tuple[ValidationImage, ...]
+) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(job_json(job), encoding="utf-8")
     wanted = set(files)
@@ -54,6 +60,7 @@ def _draw(job: TrainingJob, folder: Path, files: tuple[Path, ...], metrics: Metr
         files=files,
         sheet=draw_sheet(job, pictures, folder / "sheet.png") if pictures else None,
         loss=draw_loss(title, metrics, folder / "loss.png") if metrics.steps else None,
+        scores=write_scores(images, folder),
     )
 
 

@@ -128,6 +128,7 @@ class SyncJobs(_Blocking[Jobs]):
     checkpoints = _call(Jobs.checkpoints)
     artifacts = _call(Jobs.artifacts)
     metrics = _call(Jobs.metrics)
+    validation_images = _call(Jobs.validation_images)
     fetch = _call(Jobs.fetch)
 
 

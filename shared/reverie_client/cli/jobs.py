@@ -228,11 +228,12 @@ def fetch_command(
                 "files": [str(path) for path in results.files],
                 "sheet": str(results.sheet) if results.sheet else None,
                 "loss": str(results.loss) if results.loss else None,
+                "scores": str(results.scores) if results.scores else None,
             }
         )
         return
     stdout().print(f"{len(results.files)} files in {results.folder}", markup=False)
-    for path in (results.sheet, results.loss):
+    for path in (results.sheet, results.loss, results.scores):
         if path is not None:
             stdout().print(str(path), markup=False)
 

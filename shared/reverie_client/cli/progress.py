@@ -12,6 +12,7 @@ from reverie.training.v1.job_pb2 import (
     TrainingJobEvent,
     TrainingJobState,
     ValidationProgress,
+    ValidationScores,
 )
 from rich.console import Console
 from rich.markup import escape
@@ -124,6 +125,8 @@ class JobView:
             self._say_once(f"checkpoint at step {event.checkpoint.step}")
         elif kind == "validation_progress":
             self._validation(event.validation_progress)
+        elif kind == "validation_scores":
+            self._scores(event.validation_scores)
         elif kind == "notice":
             is_warning = event.notice.severity == NoticeSeverity.NOTICE_SEVERITY_WARNING
             self._say(event.notice.message, style="yellow" if is_warning else None)
@@ -152,6 +155,13 @@ class JobView:
         self._draw(title, progress.num_done, progress.num_total, "")
         if progress.num_done == progress.num_total:
             self._line_once(f"{title}: {progress.num_done} done")
+
+    def _scores(self, scores: ValidationScores) -> None:
+        which = " EMA" if scores.weights == "ema" else ""
+        self._say_once(
+            f"CLIP score{which} @ {scores.step}: {scores.mean:.2f} over {scores.num_pictures} pictures "
+            f"({scores.min:.2f} to {scores.max:.2f})"
+        )
 
     def _draw(self, title: str, done: int, total: int, note: str) -> None:
         if title not in self._tasks:
