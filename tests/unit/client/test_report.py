@@ -60,6 +60,17 @@ def test_sheet_has_a_column_for_each_step_and_a_row_for_each_prompt_and_size(
     assert colours == [(0, 100, 50), (20, 100, 50), (100, 100, 50)]
 
 
+def test_the_running_average_has_a_column_of_its_own_beside_its_step(
+    job: TrainingJob, pictures: Path, tmp_path: Path
+) -> None:
+    for step in (20, 100):
+        Image.new("RGB", (64, 64), (step, 0, 255)).save(pictures / f"step_{step}_zebra_0_64x64_ema.png")
+    with Image.open(draw_sheet(job, find_pictures(pictures), tmp_path / "sheet.png")) as sheet:
+        assert sheet.width // CELL_PIXELS == 5
+        colours = [sheet.getpixel((8 + column * (CELL_PIXELS + 8) + 100, 150)) for column in range(5)]
+    assert colours == [(0, 100, 50), (20, 100, 50), (20, 0, 255), (100, 100, 50), (100, 0, 255)]
+
+
 def test_sheet_of_nothing_is_refused(job: TrainingJob, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no validation picture"):
         draw_sheet(job, [], tmp_path / "sheet.png")

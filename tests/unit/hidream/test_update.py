@@ -31,15 +31,14 @@ class TwoFactors(nn.Module):
         self.scalar = nn.Parameter(torch.tensor(1.0, dtype=dtype))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = inputs @ self.w1.t() @ self.w2.t()
-        output: torch.Tensor = hidden * self.scalar
-        return output
+        return (inputs @ self.w1.t() @ self.w2.t()) * self.scalar
 
 
 def loss_of(model: TwoFactors, step: int, scale: float = 30.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn((8, 64), generator=generator)
-    return scale * (model(inputs.to(model.w1.dtype)).float() - inputs).square().mean()
+    outputs: torch.Tensor = model(inputs.to(model.w1.dtype))
+    return scale * (outputs.float() - inputs).square().mean()
 
 
 def take_steps(update: AdapterUpdate, model: TwoFactors, steps: range) -> Iterator[GradientFigures]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from reverie_common.errors import FieldViolation
 from reverie_common.optimizer_catalogue import (
-    CATALOGUE,
     CLIP_METHODS,
     CONSTANT_SCHEDULES,
     CYCLIC_SCHEDULES,
@@ -20,9 +19,6 @@ from reverie_trainer.jobs.checks.rules import between, one_of, real, violation
 from reverie_trainer.jobs.spec import Ema, Optimization
 
 EMA_VALIDATIONS = ("none", "ema_only", "comparison")
-
-STATE_BYTES = {name: entry.state_bytes for name, entry in CATALOGUE.items()}
-"""Of optimiser state per adapter parameter."""
 
 _PATH = "optimization"
 
