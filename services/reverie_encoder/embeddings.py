@@ -80,6 +80,11 @@ class Embeddings:
         await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
         for thread in self._threads.values():
             thread.shutdown()
+        await asyncio.to_thread(self._engine.close)
+
+    async def release(self) -> bool:
+        """Move idle encoders to host memory; returns whether all are there. Safe to repeat."""
+        return await asyncio.to_thread(self._engine.release)
 
     async def embed(self, encoder: str, prompt: str, storage: str = "exact") -> Embedded:
         """Refer to one prompt's embedding, making it if the store has none. Safe to repeat.

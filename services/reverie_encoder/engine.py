@@ -4,11 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from reverie_common.concurrency import Parkable, Parking
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
+from reverie_hidream.host_copy import HostCopy
 from reverie_hidream.tensor_io import dtype_name, to_raw
 from reverie_hidream.text import TextEncoder, load_text_encoder
 
@@ -56,9 +59,37 @@ class PromptCut:
 class EncoderEngine:
     """Loaded text encoders by name. `encode` of one encoder is for one thread at a time; `measure` for any."""
 
-    def __init__(self, encoders: Mapping[str, TextEncoder]) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, TextEncoder],
+        *,
+        idle_seconds: float = 0.0,
+        on_parked: Callable[[str, bool], None] = lambda *_: None,
+        parkable: Callable[[TextEncoder], Parkable] = lambda encoder: HostCopy(encoder.module, encoder.device),
+    ) -> None:
+        """Take loaded encoders.
+
+        Args:
+            idle_seconds: How long an encoder has no work before it waits in host memory; 0 is for ever.
+            on_parked: Told an encoder's name and whether it waits in host memory, whenever that changes.
+            parkable: How an encoder is moved.
+        """
         self._encoders = dict(encoders)
         self.facts = {name: _facts(encoder) for name, encoder in encoders.items()}
+        self._parkings = {
+            name: Parking(parkable(encoder), idle_seconds=idle_seconds, on_change=partial(on_parked, name))
+            for name, encoder in encoders.items()
+        }
+
+    def release(self) -> bool:
+        """Move every idle encoder to host memory; returns whether all are there. Blocks; for any thread."""
+        released = [parking.release() for parking in self._parkings.values()]
+        return all(released)
+
+    def close(self) -> None:
+        """Park no more by itself. Safe to repeat."""
+        for parking in self._parkings.values():
+            parking.close()
 
     def encode(self, name: str, prompts: Sequence[str]) -> list[RawTensor]:
         """Run one encoder over some prompts; one tensor for each, in order. Blocks.
@@ -67,7 +98,8 @@ class EncoderEngine:
             ResourceExhaustedError: the device has too little memory for these prompts at once.
         """
         try:
-            return [to_raw(encoded.tensor) for encoded in self._encoders[name].encode(prompts)]
+            with self._parkings[name].in_use():
+                return [to_raw(encoded.tensor) for encoded in self._encoders[name].encode(prompts)]
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(name, len(prompts)) from error
 
@@ -78,7 +110,12 @@ class EncoderEngine:
 
 
 def load_engine(
-    plans: Sequence[EncoderPlan], *, num_threads: int, on_loaded: Callable[[str, float], None]
+    plans: Sequence[EncoderPlan],
+    *,
+    num_threads: int,
+    on_loaded: Callable[[str, float], None],
+    idle_seconds: float = 0.0,
+    on_parked: Callable[[str, bool], None] = lambda *_: None,
 ) -> EncoderEngine:
     """Load encoders one after the other, so that host memory holds one unquantised encoder at a time. Blocks.
 
@@ -86,6 +123,7 @@ def load_engine(
         plans: What to load.
         num_threads: torch threads of this process.
         on_loaded: Called with each encoder's name and the seconds that it took.
+        idle_seconds, on_parked: See EncoderEngine.
 
     Raises:
         NotFoundError: a part of the checkpoint is missing; names it and the remedy.
@@ -101,7 +139,7 @@ def load_engine(
         seconds = time.monotonic() - started
         on_loaded(plan.name, seconds)
         logger.info("encoder %s loaded", plan.name, extra={"seconds": round(seconds, 3), "device": plan.device})
-    return EncoderEngine(encoders)
+    return EncoderEngine(encoders, idle_seconds=idle_seconds, on_parked=on_parked)
 
 
 def _require_device(name: str, device: str) -> None:

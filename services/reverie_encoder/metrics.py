@@ -35,6 +35,12 @@ STAGE_SECONDS = Histogram(
 MODEL_LOAD_SECONDS = Gauge(
     "reverie_encoder_model_load_seconds", "Seconds that loading an encoder took.", ("encoder",), registry=REGISTRY
 )
+PARKED = Gauge(
+    "reverie_encoder_parked",
+    "1 while an encoder waits in host memory for work, else 0.",
+    ("encoder",),
+    registry=REGISTRY,
+)
 EMBEDDINGS = Counter(
     "reverie_encoder_embeddings",
     "Embeddings answered, by where they came from: `cached` or `computed`.",
@@ -43,7 +49,7 @@ EMBEDDINGS = Counter(
 )
 
 for _encoder in ENCODERS:
-    for _instrument in (QUEUE_DEPTH, BATCH_SIZE, QUEUE_WAIT_SECONDS, MODEL_LOAD_SECONDS):
+    for _instrument in (QUEUE_DEPTH, BATCH_SIZE, QUEUE_WAIT_SECONDS, MODEL_LOAD_SECONDS, PARKED):
         _instrument.labels(_encoder)
     for _stage in STAGES:
         STAGE_SECONDS.labels(_encoder, _stage)

@@ -10,7 +10,7 @@ from reverie_hidream.checkpoint import require_parts, resolve_checkpoint, resolv
 
 from reverie_encoder.embeddings import Embeddings
 from reverie_encoder.engine import EncoderEngine, EncoderPlan, load_engine
-from reverie_encoder.metrics import MODEL_LOAD_SECONDS
+from reverie_encoder.metrics import MODEL_LOAD_SECONDS, PARKED
 from reverie_encoder.servicer import EncoderServicer
 from reverie_encoder.settings import EncoderSettings
 
@@ -86,6 +86,8 @@ def load_encoders(settings: EncoderSettings, store: ObjectStore) -> EncoderEngin
         plans,
         num_threads=settings.num_threads,
         on_loaded=lambda name, seconds: MODEL_LOAD_SECONDS.labels(name).set(seconds),
+        idle_seconds=settings.idle_seconds,
+        on_parked=lambda name, is_parked: PARKED.labels(name).set(is_parked),
     )
 
 

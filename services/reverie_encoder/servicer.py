@@ -71,6 +71,13 @@ class EncoderServicer(EncoderServiceServicer):
             ]
         )
 
+    async def ReleaseMemory(  # noqa: N802 - gRPC's name
+        self, request: encoder_pb2.ReleaseMemoryRequest, context: Any
+    ) -> encoder_pb2.ReleaseMemoryResponse:
+        """See the proto."""
+        del request, context
+        return encoder_pb2.ReleaseMemoryResponse(released=await self._embeddings().release())
+
     def _embeddings(self) -> Embeddings:
         if self._loaded is None:
             raise UnavailableError("the encoders are loading; try again", reason="LOADING", retry_after_seconds=2.0)

@@ -76,6 +76,10 @@ class EncoderSettings(ServerSettings, StoreSettings):
     """Embeddings kept in the store for jobs with embedding_storage `on_demand`, of all encoders of this process; the
     oldest are deleted. A prompt is one object for each encoder."""
 
+    idle_seconds: float = Field(default=0.0, ge=0)
+    """After so long without work an encoder moves to host memory, until the next request; 0 never moves. On a CPU
+    nothing moves."""
+
     @field_validator("encoders")
     @classmethod
     def _check_encoders(cls, encoders: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reverie_common.concurrency import Parkable, Parking
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
 from reverie_hidream.adapters.adapter import TrainableAdapter
@@ -18,6 +19,7 @@ from reverie_hidream.adapters.files import AdapterFileError, load_adapter
 from reverie_hidream.checkpoint import component_fingerprint, require_parts
 from reverie_hidream.compilation import CompiledPrediction
 from reverie_hidream.conditioning import TextConditioning, collate
+from reverie_hidream.host_copy import HostCopy
 from reverie_hidream.sampling import (
     PreviewHook,
     StepPreview,
@@ -114,8 +116,22 @@ class SamplerEngine:
         *,
         max_adapters: int,
         compile_backend: str = "inductor",
+        idle_seconds: float = 0.0,
+        on_parked: Callable[[bool], None] = lambda _: None,
+        parkable: Parkable | None = None,
     ) -> None:
-        """Draw with the base model until there are adapters."""
+        """Draw with the base model until there are adapters.
+
+        Args:
+            idle_seconds: How long there is no work before the transformer waits in host memory; 0 is for ever.
+            on_parked: Told whether it waits in host memory, whenever that changes.
+            parkable: How it is moved.
+        """
+        self._parking = Parking(
+            parkable or HostCopy(transformer, torch.device(facts.device)),
+            idle_seconds=idle_seconds,
+            on_change=on_parked,
+        )
         self.facts = facts
         self._transformer = transformer
         self._scheduler = scheduler
@@ -142,7 +158,9 @@ class SamplerEngine:
             InvalidArgumentError: it is no LoKr file, or one for another model.
         """
         try:
-            adapter = load_adapter(self._transformer, body, strength=0.0)
+            # An adapter lies beside the weights that it changes.
+            with self._parking.in_use():
+                adapter = load_adapter(self._transformer, body, strength=0.0)
         except AdapterFileError as error:
             raise InvalidArgumentError(
                 f"{error}; use an adapter that was trained on this model", reason="UNUSABLE_ADAPTER"
@@ -161,9 +179,14 @@ class SamplerEngine:
         """
         self._select(drawing.adapter_sha256, drawing.adapter_strength)
         try:
-            return to_raw(self._draw(drawing, hooks))
+            with self._parking.in_use():
+                return to_raw(self._draw(drawing, hooks))
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(drawing) from error
+
+    def close(self) -> None:
+        """Park no more by itself. Safe to repeat."""
+        self._parking.close()
 
     def _draw(self, drawing: Drawing, hooks: DrawingHooks) -> torch.Tensor:
         own = self._scheduler
@@ -202,6 +225,8 @@ def load_engine(
     num_threads: int,
     max_adapters: int,
     compile_backend: str = "inductor",
+    idle_seconds: float = 0.0,
+    on_parked: Callable[[bool], None] = lambda _: None,
 ) -> tuple[SamplerEngine, float]:
     """Load the transformer and the scheduler; also the seconds that it took. Blocks for seconds to minutes.
 
@@ -228,6 +253,8 @@ def load_engine(
         facts,
         max_adapters=max_adapters,
         compile_backend=compile_backend,
+        idle_seconds=idle_seconds,
+        on_parked=on_parked,
     )
     seconds = time.monotonic() - started
     logger.info("transformer loaded", extra={"seconds": round(seconds, 3), "device": device})

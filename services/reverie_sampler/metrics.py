@@ -25,6 +25,9 @@ STEP_SECONDS = Histogram(
     "reverie_sampler_step_seconds", "Seconds of one sampling step.", buckets=STEP_BUCKETS_SECONDS, registry=REGISTRY
 )
 WAITING = Gauge("reverie_sampler_waiting", "Requests that wait for their turn.", registry=REGISTRY)
+PARKED = Gauge(
+    "reverie_sampler_parked", "1 while the transformer waits in host memory for work, else 0.", registry=REGISTRY
+)
 ADAPTERS = Gauge("reverie_sampler_adapters", "Adapters in memory.", registry=REGISTRY)
 MODEL_LOAD_SECONDS = Gauge("reverie_sampler_model_load_seconds", "Seconds that loading took.", registry=REGISTRY)
 

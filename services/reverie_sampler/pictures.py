@@ -131,6 +131,7 @@ class Pictures:
     def close(self) -> None:
         """Let the running step finish, forget the rest. Safe to repeat."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._engine.close()
         self._scores.close()
 
     async def draw(self, order: SampleOrder) -> AsyncGenerator[Answer, None]:

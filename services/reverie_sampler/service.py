@@ -12,7 +12,7 @@ from reverie_common.storage import ObjectStore
 from reverie_hidream.checkpoint import resolve_checkpoint
 
 from reverie_sampler.engine import PARTS, SamplerEngine, load_engine
-from reverie_sampler.metrics import MODEL_LOAD_SECONDS
+from reverie_sampler.metrics import MODEL_LOAD_SECONDS, PARKED
 from reverie_sampler.pictures import Pictures
 from reverie_sampler.scores import Scores
 from reverie_sampler.servicer import SamplerServicer
@@ -102,6 +102,8 @@ def load_sampler_engine(settings: SamplerSettings, store: ObjectStore) -> Sample
         num_threads=settings.num_threads,
         max_adapters=settings.max_adapters,
         compile_backend=settings.compile_backend,
+        idle_seconds=settings.idle_seconds,
+        on_parked=PARKED.set,
     )
     MODEL_LOAD_SECONDS.set(seconds)
     return engine

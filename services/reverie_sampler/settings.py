@@ -66,6 +66,10 @@ class SamplerSettings(ServerSettings, StoreSettings):
     patience_seconds: float = Field(default=60.0, ge=0)
     """How long an encoder or VAE service may be away before a request that needs it fails."""
 
+    idle_seconds: float = Field(default=0.0, ge=0)
+    """After so long without work the transformer moves to host memory, until the next request; 0 never moves. On a CPU
+    nothing moves."""
+
     @field_validator("precision")
     @classmethod
     def _check_precision(cls, precision: str) -> str:

@@ -2,14 +2,16 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from reverie_common.concurrency import Parkable, Parking
 from reverie_common.errors import InvalidArgumentError, ResourceExhaustedError
 from reverie_common.storage.tensors import RawTensor
+from reverie_hidream.host_copy import HostCopy
 from reverie_hidream.tensor_io import from_raw, to_raw
 from reverie_hidream.vae import Vae, load_vae
 
@@ -36,8 +38,23 @@ class VaeFacts:
 class VaeEngine:
     """A loaded VAE. For one thread at a time."""
 
-    def __init__(self, vae: Vae) -> None:
+    def __init__(
+        self,
+        vae: Vae,
+        *,
+        idle_seconds: float = 0.0,
+        on_parked: Callable[[bool], None] = lambda _: None,
+        parkable: Callable[[Vae], Parkable] = lambda vae: HostCopy(vae.model, vae.device),
+    ) -> None:
+        """Take a loaded VAE.
+
+        Args:
+            idle_seconds: How long it has no work before it waits in host memory; 0 is for ever.
+            on_parked: Told whether it waits in host memory, whenever that changes.
+            parkable: How it is moved.
+        """
         self._vae = vae
+        self._parking = Parking(parkable(vae), idle_seconds=idle_seconds, on_change=on_parked)
         self.facts = VaeFacts(
             fingerprint=vae.fingerprint,
             device=str(vae.device),
@@ -47,6 +64,14 @@ class VaeEngine:
             latent_channels=vae.latent_channels,
             downsampling=vae.downsampling,
         )
+
+    def release(self) -> bool:
+        """Move the VAE to host memory if it is idle; returns whether it is there. Blocks; for any thread."""
+        return self._parking.release()
+
+    def close(self) -> None:
+        """Park no more by itself. Safe to repeat."""
+        self._parking.close()
 
     def encode(self, images: Sequence[torch.Tensor]) -> list[RawTensor]:
         """Encode images of one size; one posterior for each, in order. Blocks.
@@ -62,7 +87,8 @@ class VaeEngine:
         """
         pixels = torch.stack(list(images)).to(torch.float32) / 127.5 - 1
         try:
-            moments = self._vae.encode(pixels)
+            with self._parking.in_use():
+                moments = self._vae.encode(pixels)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(tuple(pixels.shape)) from error
         return [to_raw(one) for one in moments]
@@ -82,13 +108,25 @@ class VaeEngine:
                 reason="NON_FINITE_LATENTS",
             )
         try:
-            return list(self._vae.decode(tensor).numpy())
+            with self._parking.in_use():
+                return list(self._vae.decode(tensor).numpy())
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(latents.shape) from error
 
 
-def load_engine(checkpoint: Path, *, device: str, dtype: str, num_threads: int) -> tuple[VaeEngine, float]:
+def load_engine(
+    checkpoint: Path,
+    *,
+    device: str,
+    dtype: str,
+    num_threads: int,
+    idle_seconds: float = 0.0,
+    on_parked: Callable[[bool], None] = lambda _: None,
+) -> tuple[VaeEngine, float]:
     """Load the VAE of a local checkpoint; also say how many seconds it took. Blocks.
+
+    Args:
+        idle_seconds, on_parked: See VaeEngine.
 
     Raises:
         NotFoundError: the checkpoint has no vae/.
@@ -97,7 +135,8 @@ def load_engine(checkpoint: Path, *, device: str, dtype: str, num_threads: int) 
     torch.set_num_threads(num_threads)
     _require_device(device)
     started = time.monotonic()
-    engine = VaeEngine(load_vae(checkpoint, device=device, dtype=_DTYPES[dtype]))
+    vae = load_vae(checkpoint, device=device, dtype=_DTYPES[dtype])
+    engine = VaeEngine(vae, idle_seconds=idle_seconds, on_parked=on_parked)
     seconds = time.monotonic() - started
     logger.info("VAE loaded", extra={"seconds": round(seconds, 3), "device": device})
     return engine, seconds

@@ -88,6 +88,11 @@ class Latents:
         """Refuse what waits, finish what runs. Safe to repeat."""
         await asyncio.gather(self._encoding.close(), self._decoding.close())
         self._thread.shutdown()
+        await asyncio.to_thread(self._engine.close)
+
+    async def release(self) -> bool:
+        """Move the VAE to host memory if it is idle; returns whether it is there. Safe to repeat."""
+        return await asyncio.to_thread(self._engine.release)
 
     async def encode(self, file: ImageFile, plan: ResizeCrop) -> DerivedTensor:
         """Refer to the posterior of one image under one plan, making it if the store has none. Safe to repeat.

@@ -35,6 +35,7 @@ STAGE_SECONDS = Histogram(
     registry=REGISTRY,
 )
 MODEL_LOAD_SECONDS = Gauge("reverie_vae_model_load_seconds", "Seconds that loading the VAE took.", registry=REGISTRY)
+PARKED = Gauge("reverie_vae_parked", "1 while the VAE waits in host memory for work, else 0.", registry=REGISTRY)
 LATENTS = Counter(
     "reverie_vae_latents",
     "Latents answered, by where they came from: `cached` or `computed`.",

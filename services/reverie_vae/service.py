@@ -15,7 +15,7 @@ from reverie_vae.files import ImageSources
 from reverie_vae.inspections import Inspections
 from reverie_vae.latents import Latents
 from reverie_vae.masks import Masks
-from reverie_vae.metrics import MODEL_LOAD_SECONDS
+from reverie_vae.metrics import MODEL_LOAD_SECONDS, PARKED
 from reverie_vae.previews import Previews, find_decoder
 from reverie_vae.servicer import VaeDomain, VaeServicer
 from reverie_vae.settings import VaeSettings
@@ -106,7 +106,12 @@ def load_vae_engine(settings: VaeSettings, checkpoint: Path) -> VaeEngine:
         NotFoundError: the checkpoint has no vae/.
     """
     engine, seconds = load_engine(
-        checkpoint, device=settings.device, dtype=settings.dtype, num_threads=settings.num_threads
+        checkpoint,
+        device=settings.device,
+        dtype=settings.dtype,
+        num_threads=settings.num_threads,
+        idle_seconds=settings.idle_seconds,
+        on_parked=PARKED.set,
     )
     MODEL_LOAD_SECONDS.set(seconds)
     return engine

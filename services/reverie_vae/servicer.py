@@ -103,6 +103,13 @@ class VaeServicer(VaeServiceServicer):
         async for response in as_ready(enumerate(plans), encode, max_in_flight=self._max_in_flight):
             yield response
 
+    async def ReleaseMemory(  # noqa: N802 - gRPC's name
+        self, request: vae_pb2.ReleaseMemoryRequest, context: Any
+    ) -> vae_pb2.ReleaseMemoryResponse:
+        """See the proto."""
+        del request, context
+        return vae_pb2.ReleaseMemoryResponse(released=await self._domain().latents.release())
+
     async def DecodeLatents(  # noqa: N802 - gRPC's name
         self, request: vae_pb2.DecodeLatentsRequest, context: Any
     ) -> vae_pb2.DecodeLatentsResponse:

@@ -63,6 +63,10 @@ class VaeSettings(ServerSettings, StoreSettings):
     max_in_flight: int = Field(default=16, ge=1)
     """Images of one request that are worked on at a time, so that one request does not fill the queue."""
 
+    idle_seconds: float = Field(default=0.0, ge=0)
+    """After so long without work the VAE moves to host memory, until the next request; 0 never moves. On a CPU
+    nothing moves."""
+
     def batch_limits(self) -> BatchLimits:
         """The encoding batches' limits. Results are stored while the next batch runs, hence two batches' worth."""
         return BatchLimits(

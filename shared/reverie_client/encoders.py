@@ -29,3 +29,8 @@ class Encoders:
         """Return what the server holds, an entry for each encoder."""
         answer = await call(self._stub.DescribeEncoders, pb.DescribeEncodersRequest(), self._policy)
         return tuple(answer.encoders)
+
+    async def release_memory(self) -> bool:
+        """Have idle encoders wait in host memory until their next request; returns whether all do now."""
+        answer = await call(self._stub.ReleaseMemory, pb.ReleaseMemoryRequest(), self._policy)
+        return answer.released

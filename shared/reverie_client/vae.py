@@ -47,3 +47,8 @@ class Vae:
     async def describe(self) -> pb.DescribeVaeResponse:
         """Return what the server holds."""
         return await call(self._stub.DescribeVae, pb.DescribeVaeRequest(), self._policy)
+
+    async def release_memory(self) -> bool:
+        """Have the idle VAE wait in host memory until its next request; returns whether it does now."""
+        answer = await call(self._stub.ReleaseMemory, pb.ReleaseMemoryRequest(), self._policy)
+        return answer.released

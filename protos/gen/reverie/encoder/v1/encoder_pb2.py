@@ -25,27 +25,31 @@ _sym_db = _symbol_database.Default()
 from reverie.common.v1 import common_pb2 as reverie_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n reverie/encoder/v1/encoder.proto\x12\x12reverie.encoder.v1\x1a\x1ereverie/common/v1/common.proto\"g\n\x14\x45ncodePromptsRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12-\n\x08\x65ncoders\x18\x02 \x03(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12\x0f\n\x07storage\x18\x03 \x01(\t\"`\n\x15\x45ncodePromptsResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x31\n\nembeddings\x18\x02 \x03(\x0b\x32\x1d.reverie.encoder.v1.Embedding\"\xb9\x01\n\tEmbedding\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12,\n\x06tensor\x18\x02 \x01(\x0b\x32\x1c.reverie.common.v1.TensorRef\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x64ropped_text\x18\x05 \x01(\t\x12\x16\n\x0erelative_error\x18\x06 \x01(\x01\"\x19\n\x17\x44\x65scribeEncodersRequest\"T\n\x18\x44\x65scribeEncodersResponse\x12\x38\n\x08\x65ncoders\x18\x01 \x03(\x0b\x32&.reverie.encoder.v1.EncoderDescription\"\xac\x01\n\x12\x45ncoderDescription\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\nmax_length\x18\x05 \x01(\r\x12\r\n\x05shape\x18\x06 \x03(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t*m\n\x07\x45ncoder\x12\x17\n\x13\x45NCODER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODER_CLIP_L\x10\x01\x12\x12\n\x0e\x45NCODER_CLIP_G\x10\x02\x12\x0e\n\nENCODER_T5\x10\x03\x12\x11\n\rENCODER_LLAMA\x10\x04\x32\xe7\x01\n\x0e\x45ncoderService\x12\x66\n\rEncodePrompts\x12(.reverie.encoder.v1.EncodePromptsRequest\x1a).reverie.encoder.v1.EncodePromptsResponse0\x01\x12m\n\x10\x44\x65scribeEncoders\x12+.reverie.encoder.v1.DescribeEncodersRequest\x1a,.reverie.encoder.v1.DescribeEncodersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n reverie/encoder/v1/encoder.proto\x12\x12reverie.encoder.v1\x1a\x1ereverie/common/v1/common.proto\"g\n\x14\x45ncodePromptsRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12-\n\x08\x65ncoders\x18\x02 \x03(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12\x0f\n\x07storage\x18\x03 \x01(\t\"`\n\x15\x45ncodePromptsResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x31\n\nembeddings\x18\x02 \x03(\x0b\x32\x1d.reverie.encoder.v1.Embedding\"\xb9\x01\n\tEmbedding\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12,\n\x06tensor\x18\x02 \x01(\x0b\x32\x1c.reverie.common.v1.TensorRef\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x64ropped_text\x18\x05 \x01(\t\x12\x16\n\x0erelative_error\x18\x06 \x01(\x01\"\x16\n\x14ReleaseMemoryRequest\")\n\x15ReleaseMemoryResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"\x19\n\x17\x44\x65scribeEncodersRequest\"T\n\x18\x44\x65scribeEncodersResponse\x12\x38\n\x08\x65ncoders\x18\x01 \x03(\x0b\x32&.reverie.encoder.v1.EncoderDescription\"\xac\x01\n\x12\x45ncoderDescription\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0e\x32\x1b.reverie.encoder.v1.Encoder\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x12\n\nmax_length\x18\x05 \x01(\r\x12\r\n\x05shape\x18\x06 \x03(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t*m\n\x07\x45ncoder\x12\x17\n\x13\x45NCODER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODER_CLIP_L\x10\x01\x12\x12\n\x0e\x45NCODER_CLIP_G\x10\x02\x12\x0e\n\nENCODER_T5\x10\x03\x12\x11\n\rENCODER_LLAMA\x10\x04\x32\xcd\x02\n\x0e\x45ncoderService\x12\x66\n\rEncodePrompts\x12(.reverie.encoder.v1.EncodePromptsRequest\x1a).reverie.encoder.v1.EncodePromptsResponse0\x01\x12m\n\x10\x44\x65scribeEncoders\x12+.reverie.encoder.v1.DescribeEncodersRequest\x1a,.reverie.encoder.v1.DescribeEncodersResponse\x12\x64\n\rReleaseMemory\x12(.reverie.encoder.v1.ReleaseMemoryRequest\x1a).reverie.encoder.v1.ReleaseMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'reverie.encoder.v1.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODER']._serialized_start=767
-  _globals['_ENCODER']._serialized_end=876
+  _globals['_ENCODER']._serialized_start=834
+  _globals['_ENCODER']._serialized_end=943
   _globals['_ENCODEPROMPTSREQUEST']._serialized_start=88
   _globals['_ENCODEPROMPTSREQUEST']._serialized_end=191
   _globals['_ENCODEPROMPTSRESPONSE']._serialized_start=193
   _globals['_ENCODEPROMPTSRESPONSE']._serialized_end=289
   _globals['_EMBEDDING']._serialized_start=292
   _globals['_EMBEDDING']._serialized_end=477
-  _globals['_DESCRIBEENCODERSREQUEST']._serialized_start=479
-  _globals['_DESCRIBEENCODERSREQUEST']._serialized_end=504
-  _globals['_DESCRIBEENCODERSRESPONSE']._serialized_start=506
-  _globals['_DESCRIBEENCODERSRESPONSE']._serialized_end=590
-  _globals['_ENCODERDESCRIPTION']._serialized_start=593
-  _globals['_ENCODERDESCRIPTION']._serialized_end=765
-  _globals['_ENCODERSERVICE']._serialized_start=879
-  _globals['_ENCODERSERVICE']._serialized_end=1110
+  _globals['_RELEASEMEMORYREQUEST']._serialized_start=479
+  _globals['_RELEASEMEMORYREQUEST']._serialized_end=501
+  _globals['_RELEASEMEMORYRESPONSE']._serialized_start=503
+  _globals['_RELEASEMEMORYRESPONSE']._serialized_end=544
+  _globals['_DESCRIBEENCODERSREQUEST']._serialized_start=546
+  _globals['_DESCRIBEENCODERSREQUEST']._serialized_end=571
+  _globals['_DESCRIBEENCODERSRESPONSE']._serialized_start=573
+  _globals['_DESCRIBEENCODERSRESPONSE']._serialized_end=657
+  _globals['_ENCODERDESCRIPTION']._serialized_start=660
+  _globals['_ENCODERDESCRIPTION']._serialized_end=832
+  _globals['_ENCODERSERVICE']._serialized_start=946
+  _globals['_ENCODERSERVICE']._serialized_end=1279
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,11 @@ class EncoderServiceStub:
                 request_serializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersRequest.SerializeToString,
                 response_deserializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersResponse.FromString,
                 _registered_method=True)
+        self.ReleaseMemory = channel.unary_unary(
+                '/reverie.encoder.v1.EncoderService/ReleaseMemory',
+                request_serializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryRequest.SerializeToString,
+                response_deserializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServiceServicer:
@@ -66,6 +71,14 @@ class EncoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseMemory(self, request, context):
+        """Moves every encoder that is idle to host memory, so that another process can have the device. The next request for an
+        encoder brings it back. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EncoderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +91,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.DescribeEncoders,
                     request_deserializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersRequest.FromString,
                     response_serializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersResponse.SerializeToString,
+            ),
+            'ReleaseMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMemory,
+                    request_deserializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryRequest.FromString,
+                    response_serializer=reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +153,33 @@ class EncoderService:
             '/reverie.encoder.v1.EncoderService/DescribeEncoders',
             reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersRequest.SerializeToString,
             reverie_dot_encoder_dot_v1_dot_encoder__pb2.DescribeEncodersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reverie.encoder.v1.EncoderService/ReleaseMemory',
+            reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryRequest.SerializeToString,
+            reverie_dot_encoder_dot_v1_dot_encoder__pb2.ReleaseMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

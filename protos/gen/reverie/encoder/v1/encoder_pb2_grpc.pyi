@@ -39,6 +39,10 @@ class EncoderServiceStub:
     """
     DescribeEncoders: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeEncodersRequest, _encoder_pb2.DescribeEncodersResponse]
     """Says which encoders this process holds, how, and with which weights."""
+    ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseMemoryRequest, _encoder_pb2.ReleaseMemoryResponse]
+    """Moves every encoder that is idle to host memory, so that another process can have the device. The next request for an
+    encoder brings it back. Safe to repeat.
+    """
 
 @_typing.type_check_only
 class EncoderServiceAsyncStub(EncoderServiceStub):
@@ -51,6 +55,10 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     """
     DescribeEncoders: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DescribeEncodersRequest, _encoder_pb2.DescribeEncodersResponse]  # type: ignore[assignment]
     """Says which encoders this process holds, how, and with which weights."""
+    ReleaseMemory: _aio.UnaryUnaryMultiCallable[_encoder_pb2.ReleaseMemoryRequest, _encoder_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
+    """Moves every encoder that is idle to host memory, so that another process can have the device. The next request for an
+    encoder brings it back. Safe to repeat.
+    """
 
 class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
     """Encodes captions with any subset of HiDream's four text encoders and keeps the results in the store."""
@@ -72,5 +80,15 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.DescribeEncodersResponse, _abc.Awaitable[_encoder_pb2.DescribeEncodersResponse]]:
         """Says which encoders this process holds, how, and with which weights."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMemory(
+        self,
+        request: _encoder_pb2.ReleaseMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_encoder_pb2.ReleaseMemoryResponse, _abc.Awaitable[_encoder_pb2.ReleaseMemoryResponse]]:
+        """Moves every encoder that is idle to host memory, so that another process can have the device. The next request for an
+        encoder brings it back. Safe to repeat.
+        """
 
 def add_EncoderServiceServicer_to_server(servicer: EncoderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -65,6 +65,11 @@ class VaeServiceStub:
                 request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeRequest.SerializeToString,
                 response_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeResponse.FromString,
                 _registered_method=True)
+        self.ReleaseMemory = channel.unary_unary(
+                '/reverie.vae.v1.VaeService/ReleaseMemory',
+                request_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryRequest.SerializeToString,
+                response_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class VaeServiceServicer:
@@ -116,6 +121,14 @@ class VaeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseMemory(self, request, context):
+        """Moves the VAE to host memory if it is idle, so that another process can have the device. The next request brings it
+        back. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VaeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +161,11 @@ def add_VaeServiceServicer_to_server(servicer, server):
                     servicer.DescribeVae,
                     request_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeRequest.FromString,
                     response_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeResponse.SerializeToString,
+            ),
+            'ReleaseMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMemory,
+                    request_deserializer=reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryRequest.FromString,
+                    response_serializer=reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +331,33 @@ class VaeService:
             '/reverie.vae.v1.VaeService/DescribeVae',
             reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeRequest.SerializeToString,
             reverie_dot_vae_dot_v1_dot_vae__pb2.DescribeVaeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reverie.vae.v1.VaeService/ReleaseMemory',
+            reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryRequest.SerializeToString,
+            reverie_dot_vae_dot_v1_dot_vae__pb2.ReleaseMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class VaeServiceStub:
     """
     DescribeVae: _grpc.UnaryUnaryMultiCallable[_vae_pb2.DescribeVaeRequest, _vae_pb2.DescribeVaeResponse]
     """Says which VAE this process holds, how, and with which weights."""
+    ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_vae_pb2.ReleaseMemoryRequest, _vae_pb2.ReleaseMemoryResponse]
+    """Moves the VAE to host memory if it is idle, so that another process can have the device. The next request brings it
+    back. Safe to repeat.
+    """
 
 @_typing.type_check_only
 class VaeServiceAsyncStub(VaeServiceStub):
@@ -75,6 +79,10 @@ class VaeServiceAsyncStub(VaeServiceStub):
     """
     DescribeVae: _aio.UnaryUnaryMultiCallable[_vae_pb2.DescribeVaeRequest, _vae_pb2.DescribeVaeResponse]  # type: ignore[assignment]
     """Says which VAE this process holds, how, and with which weights."""
+    ReleaseMemory: _aio.UnaryUnaryMultiCallable[_vae_pb2.ReleaseMemoryRequest, _vae_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
+    """Moves the VAE to host memory if it is idle, so that another process can have the device. The next request brings it
+    back. Safe to repeat.
+    """
 
 class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decodes image files, resizes and crops them, and moves between pixels and latents."""
@@ -132,5 +140,15 @@ class VaeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vae_pb2.DescribeVaeResponse, _abc.Awaitable[_vae_pb2.DescribeVaeResponse]]:
         """Says which VAE this process holds, how, and with which weights."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMemory(
+        self,
+        request: _vae_pb2.ReleaseMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vae_pb2.ReleaseMemoryResponse, _abc.Awaitable[_vae_pb2.ReleaseMemoryResponse]]:
+        """Moves the VAE to host memory if it is idle, so that another process can have the device. The next request brings it
+        back. Safe to repeat.
+        """
 
 def add_VaeServiceServicer_to_server(servicer: VaeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
