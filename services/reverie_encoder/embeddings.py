@@ -14,7 +14,7 @@ from reverie.common.v1.common_pb2 import TensorRef
 from reverie_common.concurrency import BatchLimits, MicroBatcher
 from reverie_common.storage import ObjectStore, RawTensor, put_tensor
 from reverie_common.storage.derived import DerivedTensor, DerivedTensors
-from reverie_common.storage.keys import content_digest, on_demand_key, text_key
+from reverie_common.storage.keys import ON_DEMAND_OBJECTS, content_digest, on_demand_key, text_key
 from reverie_common.storage.refs import EXACT, INT8_GROUPS, tensor_ref_if_present
 
 from reverie_encoder.engine import EncoderEngine, EncoderFacts, PromptCut
@@ -51,7 +51,7 @@ class Embeddings:
     """
 
     def __init__(
-        self, *, engine: EncoderEngine, store: ObjectStore, limits: BatchLimits, max_on_demand: int = 256
+        self, *, engine: EncoderEngine, store: ObjectStore, limits: BatchLimits, max_on_demand: int = ON_DEMAND_OBJECTS
     ) -> None:
         self._engine = engine
         self._store = store

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 from reverie_common.concurrency import BatchLimits
 from reverie_common.settings import CommaSeparated, ServerSettings, StoreSettings
+from reverie_common.storage.keys import ON_DEMAND_OBJECTS
 from reverie_hidream.precisions import NO_CHANGE, refusal
 
 ENCODER_NAMES = ("clip_l", "clip_g", "t5", "llama")
@@ -72,7 +73,7 @@ class EncoderSettings(ServerSettings, StoreSettings):
     max_in_flight: int = Field(default=64, ge=1)
     """Prompts of one request that are worked on at a time, so that one request does not fill the queue."""
 
-    on_demand_objects: int = Field(default=256, ge=4)
+    on_demand_objects: int = Field(default=ON_DEMAND_OBJECTS, ge=4)
     """Embeddings kept in the store for jobs with embedding_storage `on_demand`, of all encoders of this process; the
     oldest are deleted. A prompt is one object for each encoder."""
 

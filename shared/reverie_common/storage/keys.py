@@ -8,6 +8,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+ON_DEMAND_OBJECTS = 256
+"""Embeddings that an encoder service keeps for a while by default."""
+
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 
 
