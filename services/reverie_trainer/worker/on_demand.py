@@ -7,6 +7,7 @@ it is read, by a newer one; then it is asked for again.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,8 @@ class OnDemandCaptions:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Mapping[str, TensorRef]] = OrderedDict()
         self._num_cut = 0
+        self._planning = asyncio.Lock()
+        self._plan: EncoderPlan | None = None
         self._asking: set[Future[EncodedPrompts]] = set()
         self._clients = control.run(self._connect())
 
@@ -177,13 +180,25 @@ class OnDemandCaptions:
             )
 
     async def _encode(self, prompts: Sequence[str]) -> EncodedPrompts:
-        plan = await self._plan()
-        return await encode_prompts(prompts, plan, StageProgress("", len(prompts), _tell_nobody, 0.0), "on_demand")
+        plan = await self._planned()
+        progress = StageProgress("", len(prompts), _tell_nobody, 0.0)
+        encoded = await encode_prompts(prompts, plan, progress, "on_demand")
+        for references in encoded.embeddings.values():
+            # A service may have been restarted since it was described; keys name what made the objects.
+            self._require({name: reference.uri.split("/")[-3] for name, reference in references.items()})
+        return encoded
 
-    async def _plan(self) -> EncoderPlan:
-        """Who encodes what now; asked anew for each batch, so that a service that has changed is never believed."""
-        plan = await plan_encoders(self._clients, self._encoders.patience_seconds, self._notice)
-        changed = sorted(name for name, mark in plan.fingerprints.items() if self._fingerprints.get(name) != mark)
+    async def _planned(self) -> EncoderPlan:
+        """Who encodes what: asked once, by one batch for all that wait, so that an outage is told once."""
+        async with self._planning:
+            if self._plan is None:
+                plan = await plan_encoders(self._clients, self._encoders.patience_seconds, self._notice)
+                self._require(plan.fingerprints)
+                self._plan = plan
+            return self._plan
+
+    def _require(self, fingerprints: Mapping[str, str]) -> None:
+        changed = sorted(name for name, mark in fingerprints.items() if self._fingerprints.get(name) != mark)
         if changed:
             raise JobFailedError(
                 "ENCODERS_CHANGED",
@@ -191,7 +206,6 @@ class OnDemandCaptions:
                 "precision or dtype differ",
                 "Start the services as they were and resume the job, or submit it again.",
             )
-        return plan
 
     async def _notice(self, reason: str, message: str) -> None:
         self._outbox.warn(reason, message)
