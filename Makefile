@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install protos released check test bench demo clean
+.PHONY: help install protos released check test bench bench-gpu demo clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test: check ## Every check and every test.
 
 bench: $(INSTALLED) ## Ratios against the peer or the physical limit, measured in one run.
 	$(BIN)/python -m tests.bench
+
+bench-gpu: $(INSTALLED) ## Training steps of the full-size model on a GPU, beside diffusers; under 10 minutes.
+	$(BIN)/python tests/bench/gpu.py --out docs/figures/gpu/$$(date -u +%Y-%m-%d).json
 
 demo: $(INSTALLED) ## The main job, end to end, on this machine: results in demo-output/.
 	$(BIN)/python examples/quickstart/demo.py
