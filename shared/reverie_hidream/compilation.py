@@ -57,8 +57,8 @@ class CompiledPrediction:
 
     def _compute(self, *arguments: Any) -> torch.Tensor:
         if self._compiled is None:
-            # Each size is compiled for itself: a job draws few sizes, and shapes that are not known cost speed.
-            self._compiled = torch.compile(predict_velocity, backend=self._backend, dynamic=False)
+            # Not for fixed shapes: how many tokens each expert gets changes with every step.
+            self._compiled = torch.compile(predict_velocity, backend=self._backend)
         with warnings.catch_warnings():
             # It traces through our cache of attention plans, whose values depend on their keys alone.
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)

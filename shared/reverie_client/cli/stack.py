@@ -25,7 +25,7 @@ from reverie_client.cli.console import (
     stdout,
 )
 from reverie_client.cli.progress import readable_bytes
-from reverie_client.stack.options import DEFAULT_PORTS, SERVICES, StackOptions, default_state_dir
+from reverie_client.stack.options import DEFAULT_PORTS, SERVICES, StackOptions, default_state_dir, service_flags
 from reverie_client.stack.state import StateDirectory
 from reverie_client.stack.status import read_status
 
@@ -59,6 +59,14 @@ def up(
     vae_port: Port = DEFAULT_PORTS["vae"],
     sampler_port: Port = DEFAULT_PORTS["sampler"],
     store_port: Port = DEFAULT_PORTS["store"],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="SERVICE.SETTING=VALUE, for instance sampler.clip-model=DIRECTORY; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     output: Output = OutputFormat.TEXT,
 ) -> None:
     """Start an S3 server and the four services on this machine, on loopback.
@@ -79,6 +87,7 @@ def up(
             "sampler": sampler_port,
             "store": store_port,
         },
+        flags=service_flags(settings or ()),
     )
     console = stderr()
     stack = Stack(

@@ -1,7 +1,8 @@
 """What a stack is made of and where it lives."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ SERVICES = ("store", "encoder", "vae", "sampler", "trainer")
 DEFAULT_PORTS: Mapping[str, int] = {"store": 8333, "encoder": 50051, "vae": 50052, "trainer": 50053, "sampler": 50054}
 DEFAULT_METRICS_PORTS: Mapping[str, int] = {"encoder": 9101, "vae": 9102, "trainer": 9103, "sampler": 9104}
 
+_SETTING = re.compile(r"(?P<service>[a-z]+)\.(?P<setting>[a-z][a-z0-9_-]*)=(?P<value>.*)")
+
 
 def default_state_dir() -> Path:
     """Return where a stack keeps its state: REVERIE_STATE_DIR, else below XDG_STATE_HOME, by default ~/.local/state."""
@@ -22,6 +25,26 @@ def default_state_dir() -> Path:
     # The XDG specification says that a relative path is to be ignored.
     base = Path(home) if home.startswith("/") else Path.home() / ".local" / "state"
     return base / "reverie"
+
+
+def service_flags(settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Turn SERVICE.SETTING=VALUE into command-line flags by service.
+
+    Raises:
+        InvalidArgumentError: with every text of another form.
+    """
+    flags: dict[str, tuple[str, ...]] = {}
+    violations = []
+    for text in settings:
+        match = _SETTING.fullmatch(text)
+        if match is None:
+            violations.append(FieldViolation(field="--set", description=f"{text!r} is not SERVICE.SETTING=VALUE"))
+            continue
+        name = match["setting"].replace("_", "-")
+        flags[match["service"]] = (*flags.get(match["service"], ()), f"--{name}={match['value']}")
+    if violations:
+        raise InvalidArgumentError("a setting is wrong", violations=violations)
+    return flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from reverie_client.stack import Stack, StackOptions, read_status
-from reverie_client.stack.options import default_state_dir
+from reverie_client.stack.options import default_state_dir, service_flags
 from reverie_client.stack.processes import (
     STACK_VARIABLE,
     ProcessIdentity,
@@ -128,3 +128,14 @@ def test_state_dir_honours_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_state_dir() == Path("/somewhere/reverie")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert default_state_dir() == Path.home() / ".local" / "state" / "reverie"
+
+
+def test_settings_of_services_become_their_flags() -> None:
+    flags = service_flags(["sampler.clip-model=a/b=c", "vae.preview_decoder=none", "sampler.max_adapters=2"])
+    assert flags == {"sampler": ("--clip-model=a/b=c", "--max-adapters=2"), "vae": ("--preview-decoder=none",)}
+
+
+def test_what_is_no_setting_is_named() -> None:
+    with pytest.raises(InvalidArgumentError) as refusal:
+        service_flags(["sampler", "a.b=c", "SAMPLER.x=1"])
+    assert [violation.description[:10] for violation in refusal.value.violations] == ["'sampler' ", "'SAMPLER.x"]
