@@ -11,7 +11,8 @@ from reverie.training.v1.training_pb2_grpc import DatasetServiceStub
 
 from reverie_client.calls import CallPolicy, all_pages, call, new_request_id, repeated, stream
 from reverie_client.errors import UrlExpiredError
-from reverie_client.folder import LocalFolder, read_folders
+from reverie_client.folder import LocalFolder, LocalSample, read_folders
+from reverie_client.hub import HubSource, read_hub
 from reverie_client.transfer import OnProgress, Transfers, Upload, ignore_progress, sha256_of
 
 MAX_FILES_PER_CALL = 1000
@@ -49,14 +50,57 @@ class Datasets:
         """Send folders that `read_folders` has read, as upload_folder does."""
         await self.get(name)
         files = {sample.sha256: sample.path for sample in local.samples}
-        images = await self.send_files(files, on_progress=on_progress)
-        return await self.add(
-            name,
-            [
-                pb.Sample(name=sample.name, image=images[sample.sha256], captions=sample.captions)
-                for sample in local.samples
-            ],
+        files.update({sample.mask.sha256: sample.mask.path for sample in local.samples if sample.mask is not None})
+        sent = await self.send_files(files, on_progress=on_progress)
+        return await self.add(name, [_sample_message(sample, sent) for sample in local.samples])
+
+    async def upload_hub(
+        self, name: str, source: HubSource, *, on_progress: OnProgress = ignore_progress
+    ) -> tuple[pb.AddSamplesResponse, ...]:
+        """Send a dataset of the Hugging Face Hub, a part at a time, as upload does; needs `reverie[imports]`.
+
+        May be repeated: what was sent is not sent again. Raises InvalidArgumentError for a dataset that cannot be read.
+        """
+        await self.get(name)
+        parts = read_hub(source)
+        answers = []
+        try:
+            while (part := await asyncio.to_thread(next, parts, None)) is not None:
+                answers.append(await self.upload(name, part, on_progress=on_progress))
+        finally:
+            parts.close()
+        return tuple(answers)
+
+    async def import_bucket(
+        self,
+        name: str,
+        bucket: str,
+        prefix: str = "",
+        *,
+        captions: str = "textfile",
+        request_id: str | None = None,
+    ) -> AsyncIterator[pb.ImportSamplesResponse]:
+        """Add the images under a prefix of another bucket where they are; yields progress, last the dataset.
+
+        `captions` is `textfile` or `filename`. Raises PermissionDeniedError for a bucket that the trainer may not read.
+        """
+        request = pb.ImportSamplesRequest(
+            dataset=name,
+            request_id=new_request_id(request_id),
+            bucket=pb.BucketSource(bucket=bucket, prefix=prefix, caption_strategy=captions),
         )
+        async for response in stream(self._stub.ImportSamples, request, self._policy):
+            yield response
+
+    async def import_urls(
+        self, name: str, images: Sequence[pb.UrlImage], *, request_id: str | None = None
+    ) -> AsyncIterator[pb.ImportSamplesResponse]:
+        """Add at most 10,000 images of the web, on hosts that the trainer allows; yields progress, last the dataset."""
+        request = pb.ImportSamplesRequest(
+            dataset=name, request_id=new_request_id(request_id), urls=pb.UrlSource(images=images)
+        )
+        async for response in stream(self._stub.ImportSamples, request, self._policy):
+            yield response
 
     async def send_files(
         self, files: dict[str, Path], *, on_progress: OnProgress = ignore_progress
@@ -120,6 +164,13 @@ class Datasets:
         """Open every image and yield one response for each, with its size or what is wrong with it."""
         async for response in stream(self._stub.ScanDataset, pb.ScanDatasetRequest(name=name), self._policy):
             yield response
+
+
+def _sample_message(sample: LocalSample, sent: dict[str, ObjectRef]) -> pb.Sample:
+    message = pb.Sample(name=sample.name, image=sent[sample.sha256], captions=sample.captions)
+    if sample.mask is not None:
+        message.mask.CopyFrom(sent[sample.mask.sha256])
+    return message
 
 
 def _parts(first: pb.AddSamplesRequest, samples: Sequence[pb.Sample]) -> Iterator[pb.AddSamplesRequest]:

@@ -145,6 +145,9 @@ class SyncDatasets(_Blocking[Datasets]):
     list = _call(Datasets.list)
     delete = _call(Datasets.delete)
     scan = _iterate(Datasets.scan)
+    upload_hub = _call(Datasets.upload_hub)
+    import_bucket = _iterate(Datasets.import_bucket)
+    import_urls = _iterate(Datasets.import_urls)
 
 
 class SyncEncoders(_Blocking[Encoders]):
@@ -159,6 +162,7 @@ class SyncVae(_Blocking[Vae]):
 
     inspect = _iterate(Vae.inspect)
     encode = _iterate(Vae.encode)
+    encode_masks = _iterate(Vae.encode_masks)
     decode = _call(Vae.decode)
     preview = _call(Vae.preview)
     describe = _call(Vae.describe)

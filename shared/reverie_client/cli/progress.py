@@ -24,6 +24,7 @@ STAGES: Mapping[str, str] = {
     "inspect": "inspect images",
     "encode_prompts": "encode captions",
     "encode_images": "encode images",
+    "encode_masks": "encode masks",
 }
 LINES_PER_JOB = 10
 """Training lines in all where bars cannot be drawn."""
