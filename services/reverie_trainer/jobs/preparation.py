@@ -4,9 +4,9 @@ Nothing here holds what matters: every step may be repeated, and everything that
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
@@ -44,6 +44,7 @@ from reverie_trainer.jobs.progress import OnProgress, StageProgress
 from reverie_trainer.jobs.prompts import EncodedPrompts, EncoderPlan, encode_prompts, plan_encoders
 from reverie_trainer.jobs.services import PlannedImage, Services
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec
+from reverie_trainer.jobs.turns import Neighbour, in_turns, release
 
 Result = TypeVar("Result")
 
@@ -160,6 +161,9 @@ class _Preparation:
             prepared = await self._prepare_anew(encoders)
             manifest = await self._in_store(lambda: save_prepared(self._store, digest, prepared))
         require_batches(self._spec, manifest.buckets)
+        if self._spec.memory.offload_during_startup:
+            # The worker's turn.
+            await release([*_encoder_neighbours(encoders), self._vae_neighbour()], self._task.notice)
         await self._tell_errors(manifest.report)
         report = job_pb2.PreparationReport()
         report.CopyFrom(manifest.report)
@@ -181,9 +185,10 @@ class _Preparation:
         is_later = self._spec.embedding_storage == "on_demand"
         # The empty caption is needed for the whole job.
         wanted, storage = ([""], "exact") if is_later else (prompts, self._spec.embedding_storage)
-        encoded, usable = await both(
-            encode_prompts(wanted, encoders, self._progress("encode_prompts", len(wanted)), storage),
-            self._encode_pictures(planned),
+        encoded, usable = await self._encode(
+            lambda: encode_prompts(wanted, encoders, self._progress("encode_prompts", len(wanted)), storage),
+            lambda: self._encode_pictures(planned),
+            encoders,
         )
         self._require_images(usable)
         report = self._report(usable, encoded, len(prompts))
@@ -196,6 +201,21 @@ class _Preparation:
             buckets=tuple(_buckets_of(self._spec, usable)),
             report=report,
         )
+
+    async def _encode(
+        self,
+        prompts: Callable[[], Coroutine[Any, Any, EncodedPrompts]],
+        pictures: Callable[[], Coroutine[Any, Any, list[_Candidate]]],
+        encoders: EncoderPlan,
+    ) -> tuple[EncodedPrompts, list[_Candidate]]:
+        if not self._spec.memory.offload_during_startup:
+            return await both(prompts(), pictures())
+        hosts = _encoder_neighbours(encoders)
+        return await in_turns(prompts, pictures, encoders=hosts, vae=self._vae_neighbour(), notice=self._task.notice)
+
+    def _vae_neighbour(self) -> Neighbour:
+        vae = self._services.vae
+        return Neighbour(release=vae.release, patience=self._vae_patience, address=vae.address)
 
     async def _load_candidates(self) -> list[_Candidate]:
         candidates = []
@@ -380,6 +400,13 @@ class _Preparation:
 
     async def _in_store(self, work: Callable[[], Result]) -> Result:
         return await patiently(lambda: asyncio.to_thread(work), self._store_patience)
+
+
+def _encoder_neighbours(encoders: EncoderPlan) -> list[Neighbour]:
+    return [
+        Neighbour(release=host.client.release, patience=host.patience, address=host.client.address)
+        for host in encoders.hosts
+    ]
 
 
 def require_batches(spec: JobSpec, buckets: Sequence[Bucket]) -> None:

@@ -21,6 +21,8 @@ ENCODER_NAMES: Mapping[int, str] = {
 # Several seconds of work for each of the items of a call on a slow CPU, with the queue before it.
 _CALL_SECONDS = 900.0
 _DESCRIBE_SECONDS = 20.0
+# The first copy of 27 GB into pinned memory, with room.
+_RELEASE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,12 @@ class EncoderClient:
         with translated():
             response = await self._stub.DescribeEncoders(encoder_pb2.DescribeEncodersRequest(), timeout=timeout_seconds)
         return list(response.encoders)
+
+    async def release(self) -> bool:
+        """Move idle encoders to host memory; returns whether all are there."""
+        with translated():
+            response = await self._stub.ReleaseMemory(encoder_pb2.ReleaseMemoryRequest(), timeout=_RELEASE_SECONDS)
+        return response.released
 
     async def encode(
         self, prompts: Sequence[str], encoders: Sequence[encoder_pb2.Encoder.ValueType], storage: str
@@ -71,6 +79,12 @@ class VaeClient:
         """Return what this process holds."""
         with translated():
             return await self._stub.DescribeVae(vae_pb2.DescribeVaeRequest(), timeout=timeout_seconds)
+
+    async def release(self) -> bool:
+        """Move the VAE to host memory if it is idle; returns whether it is there."""
+        with translated():
+            response = await self._stub.ReleaseMemory(vae_pb2.ReleaseMemoryRequest(), timeout=_RELEASE_SECONDS)
+        return response.released
 
     async def inspect(
         self, images: Sequence[common_pb2.ObjectRef]

@@ -20,7 +20,7 @@ from reverie.common.v1 import common_pb2
 from reverie.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from reverie.training.v1 import job_pb2, training_pb2, training_pb2_grpc
 from reverie.vae.v1 import vae_pb2, vae_pb2_grpc
-from reverie_common.errors import ReverieError
+from reverie_common.errors import ReverieError, UnavailableError
 from reverie_common.rpc.channel import connect
 from reverie_common.rpc.server import ServedService, Server
 from reverie_common.settings import ServerSettings
@@ -66,14 +66,32 @@ class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):
         self.errors: list[ReverieError] = []
         self.answers_before_error = 0
         self.num_describes = 0
+        self.log: list[str] = []
+        self.is_busy = False
+        self.unavailable_describes = 0
+
+    async def ReleaseMemory(
+        self, request: encoder_pb2.ReleaseMemoryRequest, context: Any
+    ) -> encoder_pb2.ReleaseMemoryResponse:
+        """See the contract."""
+        self.log.append("encoder released")
+        return encoder_pb2.ReleaseMemoryResponse(released=not self.is_busy)
 
     async def DescribeEncoders(self, request: Any, context: Any) -> encoder_pb2.DescribeEncodersResponse:
         """See the contract."""
         self.num_describes += 1
+        if self.unavailable_describes:
+            self.unavailable_describes -= 1
+            raise UnavailableError("the encoders are loading", reason="LOADING")
         return encoder_pb2.DescribeEncodersResponse(
             encoders=[
                 encoder_pb2.EncoderDescription(
-                    encoder=encoder, fingerprint=f"encoder-{encoder}", max_length=MAX_WORDS, shape=[4, 8], dtype="BF16"
+                    encoder=encoder,
+                    fingerprint=f"encoder-{encoder}",
+                    precision="no_change",
+                    max_length=MAX_WORDS,
+                    shape=[4, 8],
+                    dtype="BF16",
                 )
                 for encoder in self.encoders
             ]
@@ -88,6 +106,7 @@ class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):
             if error is not None and index >= self.answers_before_error:
                 raise error
             self.encoded.append(prompt)
+            self.log.append("prompt encoded")
             yield self._response(index, prompt, request.encoders or self.encoders)
             self.known.add(prompt)
 
@@ -120,6 +139,12 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
         self.num_inspected = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
+        self.log: list[str] = []
+
+    async def ReleaseMemory(self, request: vae_pb2.ReleaseMemoryRequest, context: Any) -> vae_pb2.ReleaseMemoryResponse:
+        """See the contract."""
+        self.log.append("vae released")
+        return vae_pb2.ReleaseMemoryResponse(released=True)
 
     async def DescribeVae(self, request: Any, context: Any) -> vae_pb2.DescribeVaeResponse:
         """See the contract."""
@@ -146,6 +171,7 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
         for index, plan in enumerate(request.images):
             key = plan.SerializeToString(deterministic=True)
             self.plans.append(plan)
+            self.log.append("image encoded")
             tensor = common_pb2.TensorRef(
                 uri=f"s3://b/{plan.image.sha256}", shape=[2, 16, plan.height // 8, plan.width // 8]
             )

@@ -9,11 +9,7 @@ from reverie_common.errors import FieldViolation
 from reverie_trainer.jobs.checks.rules import violation
 from reverie_trainer.jobs.spec import JobSpec
 
-PENDING = frozenset(
-    {
-        "memory.offload_during_startup",
-    }
-)
+PENDING: frozenset[str] = frozenset()
 """Paths without indices; `adapter` stands for whatever kind it is."""
 
 
