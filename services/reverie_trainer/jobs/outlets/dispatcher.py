@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from reverie.training.v1 import job_pb2
 from reverie_common.errors import UnavailableError
@@ -20,6 +21,7 @@ from reverie_trainer.jobs.repository import WARNING, get_job
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 5.0
+_STOP_SECONDS = 5.0
 
 # After so many untold events that left no trace elsewhere the place is noted; a restart repeats at most so many.
 _NOTED_EVERY = 50
@@ -90,12 +92,12 @@ class Dispatcher:
             if event.HasField("snapshot"):
                 job = event.snapshot
                 continue
-            has_left = await self._tell(outlet, event, job, cursor.name)
             cursor = replace(cursor, sequence=event.sequence)
             num_unnoted += 1
-            if has_left or num_unnoted >= _NOTED_EVERY:
-                await self._note(cursor, is_done=False)
-                num_unnoted = 0
+            is_noted = await _to_its_end(
+                self._tell_and_note(outlet, event, job, cursor, must_note=num_unnoted >= _NOTED_EVERY)
+            )
+            num_unnoted = 0 if is_noted else num_unnoted
         # The watch ended by itself: the job rests.
         job = await self._job(cursor.job_id)
         try:
@@ -128,6 +130,17 @@ class Dispatcher:
 
     async def _job(self, job_id: str) -> job_pb2.TrainingJob:
         return await self._database.run(lambda session: job_message(get_job(session, job_id)))
+
+
+async def _to_its_end(work: Coroutine[Any, Any, bool]) -> bool:
+    """Await something that a cancellation shall not cut in two, for a while: what was sent is then noted too."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=_STOP_SECONDS)
+        task.cancel()
+        raise
 
 
 def _append_warning(session: Session, job_id: str, reason: str, message: str) -> None:
