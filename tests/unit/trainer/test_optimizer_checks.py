@@ -2,14 +2,20 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.json_format import ParseDict
 from reverie.training.v1.job_pb2 import TrainingJobSpec
-from reverie_common.optimizer_catalogue import CATALOGUE, REFUSED, parse_options
+from reverie_client.specs import load_job_spec
+from reverie_common.optimizer_catalogue import CATALOGUE, REFUSED, SCHEDULES, parse_options
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.spec import JobSpec, spec_from_proto, spec_to_proto
+
+ROOT = Path(__file__).parents[3]
+JOBS = ROOT / "examples" / "jobs"
+PAGE = (ROOT / "docs" / "optimizers.md").read_text()
 
 MINIMAL = {
     "name": "cat",
@@ -136,3 +142,27 @@ def test_the_checks_do_without_torch() -> None:
     program = "import sys, reverie_trainer.jobs.checks; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["prodigy-ema", "gradient-release"])
+def test_the_examples_are_right(name: str) -> None:
+    spec = spec_from_proto(load_job_spec(JOBS / f"{name}.yaml"))
+
+    assert check_spec(spec) == []
+    assert spec.name == name
+
+
+def test_the_page_has_a_row_for_every_optimiser_and_every_refusal() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| `")]
+    by_name = {row[0].strip("`"): row for row in rows}
+
+    for name, entry in CATALOGUE.items():
+        _, library, betas, weight_decay, state, _, settings = by_name[name]
+        assert library == entry.library
+        assert betas == (" ".join(f"{beta:g}" for beta in entry.betas) if entry.betas else "-")
+        assert float(weight_decay) == entry.weight_decay
+        assert float(state) == pytest.approx(entry.state_bytes, rel=1e-3)
+        assert [word for word in settings.replace("`", "").split(", ") if word] == list(entry.options)
+    for name, (why, nearest) in REFUSED.items():
+        assert by_name[name] == [f"`{name}`", why, f"`{nearest}`"]
+    assert [schedule for schedule in SCHEDULES if f"`{schedule}`" not in PAGE] == []
