@@ -95,13 +95,8 @@ def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return _at_least_float32(noise) - _at_least_float32(latents)
 
 
-def flow_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over pixels, then over the batch (spec 3.1). Scalar."""
-    return sample_losses(prediction, target).mean()
-
-
 def sample_losses(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample. (B,)"""
+    """Mean squared error of each sample over its pixels; the loss of a batch is their mean (spec 3.1). (B,)"""
     difference = _at_least_float32(prediction) - _at_least_float32(target)
     return difference.square().flatten(1).mean(dim=1)
 

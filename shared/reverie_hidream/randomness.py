@@ -5,19 +5,25 @@ and position. So a resumed job, or one on another number of devices, draws the s
 
 Streams in use, each named for what it decides:
 
-| stream      | step                    | position                       | decides                                     |
-|-------------|-------------------------|--------------------------------|---------------------------------------------|
-| `order`     | epoch                   | pass and group of samples      | order of the samples in a pass              |
-| `buckets`   | epoch                   | dataset                        | order of a dataset's batches in an epoch    |
-| `datasets`  | epoch                   | 0                              | which dataset gives each batch of an epoch  |
-| `caption`   | micro-step              | sample in the global batch     | which of several captions                   |
-| `parts`     | micro-step              | sample in the global batch     | the order of the caption's parts            |
-| `dropout`   | micro-step              | sample in the global batch     | whether the caption becomes the empty one   |
-| `timestep`  | micro-step              | sample in the global batch     | the noise level                             |
-| `noise`     | micro-step              | sample in the global batch     | the noise                                   |
-| `posterior` | micro-step (or 0)       | sample in the batch (or image) | the draw from the VAE's posterior           |
-| `adapter`   | 0                       | index of the module            | reserved for the adapter's start            |
-| `rounding`  | optimiser step          | index of the parameter         | seed of the rounding of bfloat16 weights    |
+| stream          | step              | position                       | decides                                    |
+|-----------------|-------------------|--------------------------------|--------------------------------------------|
+| `order`         | epoch             | pass and group of samples      | order of the samples in a pass             |
+| `buckets`       | epoch             | dataset                        | order of a dataset's batches in an epoch   |
+| `datasets`      | epoch             | 0                              | which dataset gives each batch of an epoch |
+| `caption`       | micro-step        | sample in the global batch     | which of several captions                  |
+| `parts`         | micro-step        | sample in the global batch     | the order of the caption's parts           |
+| `dropout`       | micro-step        | sample in the global batch     | whether the caption becomes the empty one  |
+| `timestep`      | micro-step        | sample in the global batch     | the noise level                            |
+| `noise`         | micro-step        | sample in the global batch     | the noise                                  |
+| `offset`        | micro-step        | sample in the global batch     | offset noise of each channel               |
+| `perturbation`  | micro-step        | sample in the global batch     | extra noise of the input                   |
+| `slowing`       | micro-step        | sample in the global batch     | how much noisier mixflow's input is        |
+| `mask`          | micro-step        | sample in the global batch     | whether a segmentation applies             |
+| `rollout`       | micro-step        | sample in the global batch     | whether and how far a sample is rolled out |
+| `posterior`     | micro-step (or 0) | sample in the batch (or image) | the draw from the VAE's posterior          |
+| `adapter`       | 0                 | index of the module            | reserved for the adapter's start           |
+| `rounding`      | optimiser step    | index of the parameter         | seed of the rounding of bfloat16 weights   |
+| `evaluation/..` | 0                 | 0                              | noise of the image with this digest        |
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reverie_hidream.flow import MIN_SIGMA, shift_sigma, unshift_sigma
+from reverie_hidream.flow import MIN_SIGMA, sample_sigmas, shift_sigma, unshift_sigma
 from reverie_hidream.randomness import Draw
 from reverie_hidream.training.batch import BatchDraws
 from reverie_hidream.training.objective import (
@@ -74,7 +74,8 @@ class SampleDraws:
     def _sigmas(self, step: int, positions: Sequence[int], shift: float, timestep_offset: float) -> torch.Tensor:
         mode = self.settings.timestep_sampling
         if mode == "sigmoid":
-            return shift_sigma(self._sigmoid_levels(step, positions, timestep_offset), shift)
+            normal = self._normal_numbers(step, positions) + timestep_offset
+            return sample_sigmas(normal, shift=shift, sigmoid_scale=self.settings.flow_sigmoid_scale)
         if mode == "custom":
             return torch.tensor([self._custom_level(step, position) for position in positions])
         if mode not in _LEVEL_OF_MODE:
@@ -85,10 +86,9 @@ class SampleDraws:
         ]
         return torch.tensor(levels) if mode in UNSHIFTED_SAMPLINGS else shift_sigma(torch.tensor(levels), shift)
 
-    def _sigmoid_levels(self, step: int, positions: Sequence[int], timestep_offset: float) -> torch.Tensor:
+    def _normal_numbers(self, step: int, positions: Sequence[int]) -> torch.Tensor:
         stream = self._stream("timestep")
-        normal = torch.tensor([float(stream.normal(step, position, (1,))[0]) for position in positions])
-        return torch.sigmoid(self.settings.flow_sigmoid_scale * (normal + timestep_offset))
+        return torch.tensor([float(stream.normal(step, position, (1,))[0]) for position in positions])
 
     def _custom_level(self, step: int, position: int) -> float:
         levels = custom_sigmas(self.settings.flow_custom_timesteps)

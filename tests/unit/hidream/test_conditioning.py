@@ -52,6 +52,14 @@ def test_repeat_keeps_copies_of_a_prompt_together() -> None:
     assert repeated.llama[0, :, 0, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
 
 
+def test_select_takes_the_prompts_at_some_places_in_that_order() -> None:
+    selected = collate([sample(1.0), sample(2.0), sample(3.0)]).select([2, 0])
+
+    assert selected.t5[:, 0, 0].tolist() == [3.0, 1.0]
+    assert selected.llama[0, :, 0, 0].tolist() == [3.0, 1.0]
+    assert selected.pooled[:, 0].tolist() == [3.0, 1.0]
+
+
 def test_to_changes_the_dtype_of_all_three() -> None:
     moved = collate([sample(1.0)]).to(dtype=torch.bfloat16)
 
