@@ -36,6 +36,11 @@ def set_checkpointing_interval(transformer: nn.Module, interval: int) -> None:
     _memory(transformer).checkpointing_interval = interval
 
 
+def checkpointing_interval(transformer: nn.Module) -> int:
+    """What `set_checkpointing_interval` has set; 1 is every block."""
+    return _memory(transformer).checkpointing_interval
+
+
 def spread(num_chosen: int, num_blocks: int) -> tuple[int, ...]:
     """Indices of the blocks that wait on the host: evenly spread, so that others compute while one is copied.
 

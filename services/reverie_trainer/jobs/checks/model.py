@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from reverie_common.errors import FieldViolation
-from reverie_hidream.precisions import NO_CHANGE, QUANTIZE_VIA, refusal
+from reverie_hidream.precisions import QUANTIZE_VIA, refusal
 
 from reverie_trainer.jobs.checks.rules import between, one_of, violation
 from reverie_trainer.jobs.services import ENCODER_NAMES
@@ -22,11 +22,6 @@ def check_model(spec: JobSpec) -> Iterator[FieldViolation]:
     problem = refusal(model.base_precision, is_trained_on=True)
     if problem is not None:
         yield violation("model.base_precision", problem)
-    elif isinstance(spec.adapter, FullRank) and model.base_precision != NO_CHANGE:
-        yield violation(
-            "model.base_precision",
-            f"{model.base_precision!r} weights cannot be trained themselves; leave it out, or train an adapter",
-        )
     yield from _encoder_precisions(model)
     yield from _memory(spec)
 
