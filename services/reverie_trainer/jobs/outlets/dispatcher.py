@@ -106,6 +106,21 @@ class Dispatcher:
             await self._warn(cursor.job_id, cursor.name, error)
         await self._note(cursor, is_done=True)
 
+    async def _tell_and_note(
+        self,
+        outlet: Outlet,
+        event: job_pb2.TrainingJobEvent,
+        job: job_pb2.TrainingJob,
+        cursor: Cursor,
+        *,
+        must_note: bool,
+    ) -> bool:
+        """Tell one event; note the place, and return that it was, where it left this process or it is time to."""
+        has_left = await self._tell(outlet, event, job, cursor.name)
+        if has_left or must_note:
+            await self._note(cursor, is_done=False)
+        return has_left or must_note
+
     async def _tell(self, outlet: Outlet, event: job_pb2.TrainingJobEvent, job: job_pb2.TrainingJob, name: str) -> bool:
         if event.HasField("notice") and event.notice.reason.startswith(NOTICE_PREFIX):
             return False
