@@ -1,13 +1,13 @@
-"""A batch put together from the store: its captions, masks and draws are those of its samples."""
+"""What a batch holds: latents, masks, captions and roles of its samples, and the batches that are only measured."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from reverie.common.v1.common_pb2 import TensorRef
 from reverie_common.storage import MemoryStore, put_tensor
-from reverie_hidream.conditioning import ENCODERS, collate
 from reverie_hidream.tensor_io import to_raw
 from reverie_hidream.training.draws import SampleDraws
 from reverie_hidream.training.evaluation import evaluation_noise
@@ -18,113 +18,122 @@ from reverie_trainer.worker.samples import Caption, PreparedData, PreparedSample
 from reverie_trainer.worker.schedule import Visit
 from reverie_trainer.worker.tensor_cache import TensorCache
 
-SHAPES = {"clip_l": (6,), "clip_g": (10,), "t5": (4, 8), "llama": (3, 4, 8)}
-SIZE = (16, 4, 6)
+SHAPE = (16, 8, 8)
+PLAIN = Source(dataset="cats")
 
 
-class World:
-    """A store with three samples of one source, the last one without a mask."""
+class Shelf:
+    """Tensors in a store, and data that refer to them."""
 
-    def __init__(self, **source: Any) -> None:
+    def __init__(self) -> None:
         self.store = MemoryStore()
-        self.texts = {text: self._tensors(text) for text in ("a cat", "a dog", "")}
-        self.masks = [torch.rand(1, *SIZE[1:], generator=torch.Generator().manual_seed(index)) for index in range(2)]
-        samples = [self._sample(index) for index in range(3)]
-        self.data = PreparedData(
-            sources=(Source(dataset="pets", **source),), samples=tuple(samples), empty_caption=self._caption("")
-        )
+        self._number = 0
 
-    def maker(self, *, dropout: float = 0.0, **objective: Any) -> BatchMaker:
-        chance = Chance(seed=5, caption_dropout_probability=dropout)
-        draws = SampleDraws(seed=5, settings=ObjectiveSettings(**objective))
-        return BatchMaker(self.data, TensorCache(self.store, max_bytes=1 << 20), chance, draws)
+    def put(self, tensor: torch.Tensor) -> TensorRef:
+        self._number += 1
+        return put_tensor(self.store, f"v1/test/{self._number}", "t", to_raw(tensor), compressed=False)
 
-    def _sample(self, index: int) -> PreparedSample:
-        posterior = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(10 + index)).abs()
+    def caption(self, text: str, value: float) -> Caption:
+        """A caption whose embeddings are all of one value."""
+        shapes = {"clip_l": (768,), "clip_g": (1280,), "t5": (4, 8), "llama": (2, 4, 8)}
+        embeddings = {name: self.put(torch.full(shape, value)) for name, shape in shapes.items()}
+        return Caption(text=text, embeddings=embeddings)
+
+    def sample(self, name: str, mean: float, *, mask: float | None = None, captions: int = 1) -> PreparedSample:
+        moments = torch.stack([torch.full(SHAPE, mean), torch.zeros(SHAPE)])
         return PreparedSample(
-            dataset="pets",
-            name=f"pet-{index}",
-            width=8 * SIZE[2],
-            height=8 * SIZE[1],
-            image_sha256=f"{index}" * 64,
-            latents=self._put(f"latents/{index}", posterior),
-            captions=((self._caption("a cat" if index else "a dog"),),),
-            mask=self._put(f"masks/{index}", self.masks[index]) if index < 2 else None,
+            dataset="cats",
+            name=name,
+            width=64,
+            height=64,
+            image_sha256=f"{ord(name[0]):064x}",
+            latents=self.put(moments),
+            captions=((*(self.caption(f"{name}{order}", 10.0 + order) for order in range(captions)),),),
+            mask=None if mask is None else self.put(torch.full((1, 8, 8), mask)),
         )
 
-    def _caption(self, text: str) -> Caption:
-        tensors = self.texts[text]
-        refs = {name: self._put(f"{text or 'empty'}/{name}", tensors[name]) for name in ENCODERS}
-        return Caption(text=text, embeddings=refs)
+    def data(self, source: Source, *samples: PreparedSample) -> PreparedData:
+        return PreparedData(sources=(source,), samples=samples, empty_caption=self.caption("", 0.0))
 
-    def _tensors(self, text: str) -> dict[str, torch.Tensor]:
-        draw = torch.Generator().manual_seed(len(text) + 100 * ord(text[2:3] or "-"))
-        return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
-
-    def _put(self, key: str, tensor: torch.Tensor) -> TensorRef:
-        return put_tensor(self.store, key, "t", to_raw(tensor), compressed=False)
+    def maker(self, data: PreparedData, **settings: float) -> BatchMaker:
+        draws = SampleDraws(seed=1, settings=ObjectiveSettings(**settings))  # type: ignore[arg-type]
+        return BatchMaker(data, TensorCache(self.store, max_bytes=1 << 24), Chance(seed=1), draws)
 
 
-def _visits(samples: Sequence[int] = (0, 1, 2)) -> list[Visit]:
-    return [Visit(sample=sample, step=4, position=place) for place, sample in enumerate(samples)]
+@pytest.fixture
+def shelf() -> Shelf:
+    """An empty shelf."""
+    return Shelf()
 
 
-def test_a_dropped_caption_is_the_encoded_empty_one_in_every_encoder() -> None:
-    world = World()
-    found = world.maker(dropout=1.0).make(_visits()).conditioning
-    expected = collate([world.texts[""]] * 3)
-    assert torch.equal(found.t5, expected.t5)
-    assert torch.equal(found.llama, expected.llama)
-    assert torch.equal(found.pooled, expected.pooled)
-    assert bool(found.t5.abs().sum() > 0)
+def visits(*samples: int, step: int = 1) -> list[Visit]:
+    return [Visit(sample=sample, step=step, position=place) for place, sample in enumerate(samples)]
 
 
-def test_a_caption_that_is_kept_is_the_sample_s_own() -> None:
-    world = World()
-    found = world.maker(dropout=0.0).make(_visits()).conditioning
-    expected = collate([world.texts[text] for text in ("a dog", "a cat", "a cat")])
-    assert torch.equal(found.t5, expected.t5)
-    assert torch.equal(found.llama, expected.llama)
-    assert torch.equal(found.pooled, expected.pooled)
+def test_masks_of_the_samples_weigh_and_a_sample_without_one_counts_whole(shelf: Shelf) -> None:
+    data = shelf.data(
+        replace(PLAIN, mask_type="segmentation"), shelf.sample("a", 1.0, mask=0.25), shelf.sample("b", 2.0)
+    )
+    batch = shelf.maker(data).make(visits(1, 0))
+    assert batch.mask_type == "segmentation"
+    assert batch.masks is not None
+    assert batch.masks.shape == (2, 1, 8, 8)
+    assert batch.masks.mean(dim=(1, 2, 3)).tolist() == [1.0, 0.25]
+    assert batch.latents.mean(dim=(1, 2, 3)).tolist() == [2.0, 1.0]
 
 
-def test_draws_are_those_of_the_objective_with_the_source_s_offset() -> None:
-    world = World(timestep_sampling_offset=1.5)
-    found = world.maker().make(_visits())
-    expected = SampleDraws(seed=5, settings=ObjectiveSettings()).draw(4, [0, 1, 2], SIZE, timestep_offset=1.5)
-    assert torch.equal(found.draws.sigmas, expected.sigmas)
-    assert torch.equal(found.noise, expected.noise)
-    assert not torch.equal(found.draws.sigmas, World().maker().make(_visits()).draws.sigmas)
-
-
-@pytest.mark.parametrize("mask_type", ["mask", "segmentation"])
-def test_a_sample_without_a_mask_counts_as_a_whole(mask_type: str) -> None:
-    world = World(mask_type=mask_type)
-    found = world.maker().make(_visits())
-    assert found.mask_type == mask_type
-    assert found.masks is not None
-    assert torch.equal(found.masks[:2], torch.stack(world.masks))
-    assert torch.equal(found.masks[2], torch.ones(1, *SIZE[1:]))
-
-
-def test_masks_are_left_out_unless_asked_for() -> None:
-    assert World().maker().make(_visits()).masks is None
+@pytest.mark.parametrize(("mask_type", "mask"), [("none", 0.5), ("mask", None)])
+def test_a_batch_has_no_masks_where_none_are_wanted_or_there(shelf: Shelf, mask_type: str, mask: float | None) -> None:
+    data = shelf.data(replace(PLAIN, mask_type=mask_type), shelf.sample("a", 1.0, mask=mask))
+    assert shelf.maker(data).make(visits(0)).masks is None
 
 
 @pytest.mark.parametrize(("role", "expected"), [("train", False), ("regularisation", True)])
-def test_a_regularisation_source_makes_regularisation_batches(role: str, expected: bool) -> None:
-    assert World(role=role).maker().make(_visits()).is_regularisation is expected
+def test_a_batch_says_whether_it_is_regularisation(shelf: Shelf, role: str, expected: bool) -> None:
+    data = shelf.data(replace(PLAIN, role=role), shelf.sample("a", 1.0))
+    assert shelf.maker(data).make(visits(0)).is_regularisation is expected
 
 
-def test_evaluation_batches_are_the_first_images_by_name_without_chance() -> None:
-    world = World(role="evaluation")
-    maker = world.maker(dropout=1.0)
-    first, second = (list(maker.evaluation_batches("pets", 2)) for _ in range(2))
-    assert len(first) == 2
-    for one, other, sample in zip(first, second, world.data.samples, strict=False):
-        mean = TensorCache(world.store, max_bytes=1 << 20).get(sample.latents)[0]
-        assert torch.equal(one.latents, mean[None])
-        assert torch.equal(one.noise[0], evaluation_noise(sample.image_sha256, SIZE))
-        assert torch.equal(one.noise, other.noise)
-        assert torch.equal(one.conditioning.t5, other.conditioning.t5)
-    assert torch.equal(first[0].conditioning.t5[0], world.texts["a dog"]["t5"])
+def test_the_offset_of_a_dataset_moves_its_noise_levels(shelf: Shelf) -> None:
+    sample = shelf.sample("a", 1.0)
+    shift, scale, offset = 3.0, 1.0, 0.7
+    plain = shelf.maker(shelf.data(PLAIN, sample)).make(visits(0)).draws.sigmas.double()
+    moved = shelf.maker(shelf.data(replace(PLAIN, timestep_sampling_offset=offset), sample)).make(visits(0)).draws
+    # Back from sigma to the normal number: undo the shift, then the sigmoid.
+    level = plain / (shift - (shift - 1) * plain)
+    normal = torch.log(level / (1 - level)) / scale
+    expected = torch.sigmoid(scale * (normal + offset))
+    expected = shift * expected / (1 + (shift - 1) * expected)
+    assert torch.allclose(moved.sigmas.double(), expected, atol=1e-6)
+    assert torch.equal(moved.noise, shelf.maker(shelf.data(PLAIN, sample)).make(visits(0)).draws.noise)
+
+
+def test_every_order_of_a_caption_is_shown(shelf: Shelf) -> None:
+    maker = shelf.maker(shelf.data(PLAIN, shelf.sample("a", 1.0, captions=8)))
+    shown = {float(maker.make(visits(0, step=step)).conditioning.t5.mean()) for step in range(1, 80)}
+    assert shown == {10.0 + order for order in range(8)}
+
+
+@pytest.fixture
+def measured(shelf: Shelf) -> Callable[[int], list[float]]:
+    """Latents of the evaluation batches of three images that are not in the order of their names."""
+    data = shelf.data(
+        replace(PLAIN, role="evaluation"),
+        *(shelf.sample(name, mean) for name, mean in (("c", 3.0), ("a", 1.0), ("b", 2.0))),
+    )
+    return lambda count: [float(batch.latents.mean()) for batch in shelf.maker(data).evaluation_batches("cats", count)]
+
+
+def test_evaluation_takes_the_first_images_by_name(measured: Callable[[int], list[float]]) -> None:
+    assert measured(2) == [1.0, 2.0]
+    assert measured(9) == [1.0, 2.0, 3.0]
+
+
+def test_evaluation_leaves_nothing_to_chance(shelf: Shelf) -> None:
+    sample = shelf.sample("a", 1.0, captions=3)
+    data = shelf.data(replace(PLAIN, role="evaluation"), sample)
+    first, again = (next(iter(shelf.maker(data).evaluation_batches("cats", 1))) for _ in range(2))
+    assert torch.equal(first.noise, again.noise)
+    assert torch.equal(first.noise[0], evaluation_noise(sample.image_sha256, SHAPE))
+    assert float(first.conditioning.t5.mean()) == 10.0
+    assert np.isclose(float(first.noise.std()), 1.0, atol=0.1)
