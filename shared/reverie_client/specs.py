@@ -146,7 +146,7 @@ class _Reader:
         """Set one field, whatever its kind."""
         target = getattr(message, field.name)
         if _is_map(field):
-            self.fill_map(target, value, path)
+            self.fill_map(target, field, value, path)
         elif field.is_repeated:
             self.fill_list(target, field, value, path)
         elif field.message_type is not None:
@@ -157,12 +157,28 @@ class _Reader:
             if scalar is not None:
                 setattr(message, field.name, scalar)
 
-    def fill_map(self, target: Any, value: Any, path: str) -> None:
+    def fill_map(self, target: Any, field: FieldDescriptor, value: Any, path: str) -> None:
         if not isinstance(value, Mapping):
             self.refuse(path, f"{_shown(value)} is not a mapping")
             return
+        holds_messages = cast(Descriptor, field.message_type).fields_by_name["value"].message_type is not None
         for key, entry in value.items():
-            self.fill(target[str(key)], {} if entry is None else entry, f"{path}[{str(key)!r}]")
+            here = f"{path}[{str(key)!r}]"
+            if holds_messages:
+                self.fill(target[str(key)], {} if entry is None else entry, here)
+                continue
+            setting = self.setting(entry, here)
+            if setting is not None:
+                target[str(key)] = setting
+
+    def setting(self, value: Any, path: str) -> str | None:
+        """Return the text of a setting, which may be written as the number or the truth value that it is."""
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int | float | str):
+            return str(value)
+        self.refuse(path, f"{_shown(value)} is not one value")
+        return None
 
     def fill_list(self, target: Any, field: FieldDescriptor, value: Any, path: str) -> None:
         if isinstance(value, str | Mapping) or not isinstance(value, Sequence):

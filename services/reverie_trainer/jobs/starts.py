@@ -66,6 +66,10 @@ def _no_such_step(start: Start, steps: list[int]) -> str:
     return f"job {start.job_id} has no checkpoint of step {start.step}; there are {known}, and 0 is the newest"
 
 
+_STATE_FIELDS = ("optimizer_config", "gradient_release")
+"""Fields that decide what the state of an optimiser consists of."""
+
+
 def _check_continuation(spec: JobSpec, source: JobSpec, step: int) -> list[FieldViolation]:
     violations = []
     if spec.adapter != source.adapter or spec.model.flavour != source.model.flavour:
@@ -82,6 +86,14 @@ def _check_continuation(spec: JobSpec, source: JobSpec, step: int) -> list[Field
             "start.adapter_only to begin with a fresh optimiser"
         )
         violations.append(FieldViolation(field="optimization.optimizer", description=description))
+    for field in _STATE_FIELDS:
+        value, other = getattr(spec.optimization, field), getattr(source.optimization, field)
+        if value != other:
+            description = (
+                f"the optimiser state of job {_of(spec).job_id} was made with {other!r} and may not fit {value!r}; "
+                "keep it, or set start.adapter_only to begin with a fresh optimiser"
+            )
+            violations.append(FieldViolation(field=f"optimization.{field}", description=description))
     if spec.optimization.max_steps and spec.optimization.max_steps <= step:
         description = (
             f"{spec.optimization.max_steps} steps are done already at the checkpoint of step {step}; raise it, or set "

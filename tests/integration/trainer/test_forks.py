@@ -101,6 +101,12 @@ async def test_repeated_fork_is_one_job(trainer: Any, make_spec: Any) -> None:
         ({"step": 7}, {}, "start.step", "there are 1, 2"),
         ({}, {"adapter": job_pb2.AdapterSpec(lokr=job_pb2.LokrSpec(factor=8))}, "adapter", "another one"),
         ({}, {"optimization": job_pb2.OptimizationSpec(optimizer="optimi-lion")}, "optimization.optimizer", "'adamw'"),
+        (
+            {},
+            {"optimization": job_pb2.OptimizationSpec(optimizer_config={"amsgrad": "true"})},
+            "optimization.optimizer_config",
+            "made with {}",
+        ),
         ({}, {"optimization": job_pb2.OptimizationSpec(max_steps=2)}, "optimization.max_steps", "2 steps are done"),
     ],
 )

@@ -66,6 +66,25 @@ def test_keeps_nan_for_the_server_to_refuse() -> None:
     assert math.isnan(parse_job_spec("optimization: {learning_rate: .nan}").optimization.learning_rate)
 
 
+def test_reads_settings_as_they_are_written() -> None:
+    text = (
+        "optimization: {optimizer_config: {d_coef: 0.5, k: 6, use_speed: true, eps: '1e-7', beta3: 1e-3, d0: .000001}}"
+    )
+    assert dict(parse_job_spec(text).optimization.optimizer_config) == {
+        "d_coef": "0.5",
+        "k": "6",
+        "use_speed": "true",
+        "eps": "1e-7",
+        "beta3": "0.001",
+        "d0": "1e-06",
+    }
+
+
+def test_refuses_a_setting_of_several_values() -> None:
+    found = violations_of("optimization: {optimizer_config: {betas: [0.9, 0.99]}}")
+    assert "is not one value" in found["optimization.optimizer_config['betas']"]
+
+
 def test_reads_maps() -> None:
     preset = parse_job_spec(
         "adapter: {lokr: {apply_preset: {name_algo_map: {'double*.attn1.*': {factor: 8}, 'single*': {}}}}}"
