@@ -1,6 +1,8 @@
 """Puts the trainer together: what serves calls, what drives jobs, and the order in which they start and stop."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from reverie.training.v1 import training_pb2_grpc
 from reverie_common.rpc.server import ServedService, Server
@@ -8,7 +10,7 @@ from reverie_common.storage import ObjectStore, open_store
 
 from reverie_trainer.jobs.adapter_selection import TransformerConfig
 from reverie_trainer.jobs.changes import Changes
-from reverie_trainer.jobs.checkpoint_config import read_transformer_config
+from reverie_trainer.jobs.checkpoint_config import read_encoder_configs, read_transformer_config
 from reverie_trainer.jobs.database import Database, sqlite_url
 from reverie_trainer.jobs.dataset_servicer import DatasetServicer
 from reverie_trainer.jobs.datasets import Datasets
@@ -40,13 +42,20 @@ _STORE_RETRY_SECONDS = 5.0
 class Trainer:
     """One trainer process."""
 
-    def __init__(self, settings: TrainerSettings, store: ObjectStore, config: TransformerConfig) -> None:
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        store: ObjectStore,
+        config: TransformerConfig,
+        encoder_configs: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             settings: where and how.
             store: the object store.
             config: the shape of the model that jobs train.
+            encoder_configs: parsed `config.json` of the checkpoint's text encoders, by name.
         """
         self._settings = settings
         self._store = store
@@ -77,7 +86,9 @@ class Trainer:
         self._sampler = SamplerRequirements(settings.sampler)
         encoders = EncoderRequirements(self._services.encoders)
         further = [starts.check, outlets.check, encoders.check, self._sampler.check]
-        examiner = Examiner(self._database, datasets, self._services, config, further, [self._sampler.notices])
+        examiner = Examiner(
+            self._database, datasets, self._services, config, further, [self._sampler.notices], encoder_configs
+        )
         self.server = Server(
             [
                 ServedService(
@@ -143,7 +154,8 @@ async def make_server(settings: TrainerSettings) -> Server:
     retry_seconds = min(settings.store_retry_seconds, _STORE_RETRY_SECONDS)
     store = open_store(settings.model_copy(update={"store_retry_seconds": retry_seconds}))
     config = await asyncio.to_thread(read_transformer_config, settings.checkpoint, store)
-    return Trainer(settings, store, config).server
+    encoder_configs = await asyncio.to_thread(read_encoder_configs, settings.checkpoint, store)
+    return Trainer(settings, store, config, encoder_configs).server
 
 
 def _database_url(settings: TrainerSettings) -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from reverie.common.v1 import common_pb2
@@ -18,17 +19,12 @@ from reverie_trainer.jobs.admission import Admission, describe_plan, examine, wa
 from reverie_trainer.jobs.buckets import Bucket, count_buckets, describe_underfilled, epoch_clock, with_max_steps
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.datasets import Datasets
-from reverie_trainer.jobs.estimate import (
-    count_prompts,
-    epoch_steps,
-    seconds_per_step,
-    storage_bytes,
-    worker_memory_bytes,
-)
+from reverie_trainer.jobs.estimate import count_prompts, epoch_steps, seconds_per_step
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.geometry import ImagePlan, ImageSize, LeftOut, plan_choice, square_edge
 from reverie_trainer.jobs.inspection import ImageInspector
 from reverie_trainer.jobs.manifests import Sample
+from reverie_trainer.jobs.resources import Demand, Resources
 from reverie_trainer.jobs.services import Services
 from reverie_trainer.jobs.spec import JobSpec, spec_to_proto
 
@@ -57,6 +53,7 @@ class Examiner:
         config: TransformerConfig,
         further: Sequence[FurtherCheck],
         notices: Sequence[FurtherNotices] = (),
+        encoder_configs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._database = database
         self._datasets = datasets
@@ -64,6 +61,7 @@ class Examiner:
         self._config = config
         self._further = tuple(further)
         self._notices = tuple(notices)
+        self._resources = Resources(config=config, encoder_configs=encoder_configs or {})
         self._inspector = ImageInspector(services.vae, patience_seconds=0.0)
 
     async def admit(self, spec: JobSpec) -> Admission:
@@ -83,7 +81,8 @@ class Examiner:
         response = training_pb2.CheckTrainingJobResponse(spec=spec_to_proto(spec))
         for violation in admission.violations:
             response.violations.add(field=violation.field, description=violation.description)
-        if admission.violations or admission.selection is None:
+        selection = admission.selection
+        if admission.violations or selection is None:
             return response
         buckets, problems = await self._buckets(admission)
         if buckets:
@@ -94,25 +93,25 @@ class Examiner:
         response.plan.extend(problems)
         descriptions = await self._describe_encoders()
         if descriptions is None:
-            response.plan.append("storage: only latents are counted, because no encoder service answers")
-        response.estimate.CopyFrom(await self._estimate(admission, buckets, descriptions or []))
+            response.plan.append("no encoder service answers: encoders and embeddings are counted in bfloat16")
+        demand = Demand(
+            spec=spec,
+            selection=selection,
+            buckets=buckets,
+            num_prompts=count_prompts(admission),
+            num_pixels=self._pixels(admission, buckets),
+            encoders=descriptions or [],
+        )
+        response.estimate.CopyFrom(await self._estimate(admission, demand))
+        response.plan.extend(self._resources.hints(demand))
         response.plan.append(_describe_epochs(spec, buckets, response.estimate.steps_per_epoch))
         return response
 
-    async def _estimate(
-        self,
-        admission: Admission,
-        buckets: Sequence[Bucket] | None,
-        descriptions: Sequence[encoder_pb2.EncoderDescription],
-    ) -> job_pb2.JobEstimate:
+    async def _estimate(self, admission: Admission, demand: Demand) -> job_pb2.JobEstimate:
         spec = admission.spec
+        estimate = self._resources.estimate(demand)
         num_images = {name: len(manifest.samples) for name, manifest in admission.manifests.items()}
-        estimate = job_pb2.JobEstimate(
-            steps_per_epoch=epoch_steps(spec, num_images, buckets),
-            storage_bytes=storage_bytes(count_prompts(admission), descriptions, self._pixels(admission, buckets)),
-        )
-        if admission.selection is not None:
-            estimate.worker_memory_bytes = worker_memory_bytes(spec, self._config, admission.selection)
+        estimate.steps_per_epoch = epoch_steps(spec, num_images, demand.buckets)
         seconds = await self._database.run(lambda session: seconds_per_step(session, spec))
         if seconds is not None:
             estimate.training_time.CopyFrom(Duration(seconds=math.ceil(seconds * spec.optimization.max_steps)))

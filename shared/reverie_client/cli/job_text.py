@@ -1,9 +1,9 @@
 """Jobs in words, for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from reverie.training.v1 import training_pb2 as pb
-from reverie.training.v1.job_pb2 import PreparationReport, TrainingJob
+from reverie.training.v1.job_pb2 import EstimatePart, JobEstimate, PreparationReport, TrainingJob
 
 from reverie_client.cli.progress import readable_bytes, state_name
 
@@ -38,6 +38,8 @@ def describe_preparation(report: PreparationReport) -> Iterator[tuple[str, str]]
         yield ("rejected", f"{rejected.sample}: {rejected.message}")
     for cut in report.truncated:
         yield ("cut", f"{cut.sample}: {cut.encoder} saw {cut.max_length} of {cut.num_tokens} tokens")
+    for error in report.embedding_errors:
+        yield ("compact", f"{error.encoder} embeddings changed by {error.mean:.2%} on average, {error.max:.2%} at most")
 
 
 def hit_rate(report: PreparationReport) -> float:
@@ -52,7 +54,27 @@ def plan_lines(answer: pb.CheckTrainingJobResponse) -> Iterator[str]:
     if not answer.HasField("estimate"):
         return
     estimate = answer.estimate
-    yield f"store: {readable_bytes(estimate.storage_bytes)} of embeddings and latents"
-    yield f"memory of a worker: {readable_bytes(estimate.worker_memory_bytes)}"
+    yield from estimate_lines(estimate)
     if estimate.HasField("training_time"):
         yield f"training time: about {estimate.training_time.ToTimedelta()}"
+
+
+def estimate_lines(estimate: JobEstimate) -> Iterator[str]:
+    """Yield the memory and the storage that a job needs, with the parts of each sum."""
+    yield f"the worker needs {readable_bytes(estimate.worker_memory_bytes)} of accelerator memory:"
+    yield from _part_lines(estimate.worker_memory)
+    if estimate.encoder_memory:
+        yield "the encoders need, each where it runs:"
+        yield from _part_lines(estimate.encoder_memory)
+    yield f"the store needs {readable_bytes(estimate.storage_bytes)} for embeddings and latents:"
+    yield from _part_lines(estimate.storage_parts)
+    if estimate.storage:
+        yield "with embedding_storage:"
+        yield from _part_lines(estimate.storage)
+
+
+def _part_lines(parts: Iterable[EstimatePart]) -> Iterator[str]:
+    for part in parts:
+        is_range = part.least_bytes and part.least_bytes != part.size_bytes
+        compressed = f", compressed {readable_bytes(part.least_bytes)} at best" if is_range else ""
+        yield f"  {readable_bytes(part.size_bytes):>10}  {part.name}{compressed}"

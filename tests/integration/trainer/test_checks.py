@@ -21,11 +21,22 @@ async def test_plan_and_estimate_of_a_right_job(trainer: Any, make_spec: Any) ->
     assert not checked.violations
     assert checked.spec.optimization.learning_rate == 1e-4
     assert checked.estimate.steps_per_epoch == 6
-    # Three prompts (the empty one too) in four encoders of 4 x 8 bf16, and float32 moments of three images.
-    text = 3 * 4 * (4 * 8 * 2)
+    # Three prompts (the empty one too): T5, three Llama layers, pooled in bf16; and float32 moments of three images.
+    text = 3 * 2 * (128 * 48 + 3 * 128 * 64 + 80)
     latents = (256 * 256 + 2 * 320 * 192) // 64 * 2 * 16 * 4
     assert checked.estimate.storage_bytes == text + latents
-    assert 1e9 < checked.estimate.worker_memory_bytes < 2e9
+    assert sum(part.size_bytes for part in checked.estimate.storage_parts) == text + latents
+    assert 0.7e9 < checked.estimate.worker_memory_bytes < 2e9
+    assert sum(part.size_bytes for part in checked.estimate.worker_memory) == checked.estimate.worker_memory_bytes
+    assert [part.name for part in checked.estimate.encoder_memory] == [
+        "clip_l (no_change)",
+        "clip_g (no_change)",
+        "t5 (no_change)",
+        "llama (no_change)",
+    ]
+    exact, compact, on_demand = checked.estimate.storage
+    assert exact.size_bytes == on_demand.size_bytes == text + latents
+    assert compact.size_bytes == latents + 3 * (int((128 * 48 + 3 * 128 * 64) * 17 / 16) + 2 * 80)
     assert not checked.estimate.HasField("training_time")
     plan = "\n".join(checked.plan)
     assert "bucket 320x192 of plan: 2 images" in plan
