@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reverie_hidream.adapters import LokrConfig, attach_lokr
+from reverie_hidream.adapters.full_rank import attach_full_rank
 from reverie_hidream.optimizers import UpdateSettings, build_update
 from reverie_hidream.training.batch import Batch, BatchDraws
 from reverie_hidream.training.step import StepSettings, TrainingStep
@@ -163,6 +164,22 @@ def test_the_adapter_is_as_strong_as_configured_after_the_parent_s_turn(
     with pytest.raises(ValueError, match="latent size"):
         step.train_step(2, [_batch(odd, is_regularisation=True)])
     assert torch.equal(predict_velocity(model, made.noise, 1000 * made.sigmas, made.text), before)
+
+
+def test_regularisation_keeps_the_weights_that_full_rank_tuning_trains(tiny_checkpoint: Path, made: Any) -> None:
+    """The parent's turn writes over every weight, and brings them back before the pass that is trained."""
+    model = load_transformer(tiny_checkpoint, dtype=torch.float32)
+    adapter = attach_full_rank(model)
+    update = build_update(adapter.parameters(), UpdateSettings(learning_rate=1e-3))
+    step = TrainingStep(model, adapter, update, StepSettings(), learning_rate=lambda _: 1e-3)
+    assert step.train_step(1, [_batch(made, is_regularisation=True)]).regularisation_loss == 0.0
+    step.train_step(2, [_batch(made)])
+    away = step.train_step(3, [_batch(made, is_regularisation=True)]).regularisation_loss
+    for number in range(4, 12):
+        back = step.train_step(number, [_batch(made, is_regularisation=True)]).regularisation_loss
+    assert away is not None
+    assert back is not None
+    assert 0 < back < 0.5 * away
 
 
 def test_a_step_reports_the_largest_gradient_element(make_trainee: Make, tiny_checkpoint: Path, made: Any) -> None:
