@@ -90,6 +90,8 @@ def _lycoris(path: str, adapter: LycorisAdapter) -> Iterator[FieldViolation]:
             if getattr(adapter, name) != off and name not in KNOWN_SETTINGS[algo]:
                 knowing = ", ".join(other for other, known in KNOWN_SETTINGS.items() if name in known)
                 yield violation(f"{path}.{name}", f"{algo} has no {name}; leave it out, or use one of {knowing}")
+    for where, overrides in _all_overrides(path, adapter.apply_preset):
+        yield from _unknown_to_algorithm(where, overrides, overrides.algo or adapter.algo)
     if not bad_options and "dylora" in chosen:
         settings = settings_of(adapter, None)
         if settings.block_size < 1 or settings.linear_dim % settings.block_size:
@@ -98,6 +100,13 @@ def _lycoris(path: str, adapter: LycorisAdapter) -> Iterator[FieldViolation]:
                 f"{settings.linear_dim} is no multiple of options.block_size {settings.block_size}; choose another of "
                 "the two",
             )
+
+
+def _unknown_to_algorithm(path: str, overrides: LokrOverrides, algo: str) -> Iterator[FieldViolation]:
+    for name in ("factor", "full_matrix", "use_scalar", "decompose_both"):
+        if getattr(overrides, name) is not None and name not in KNOWN_SETTINGS[algo]:
+            knowing = ", ".join(other for other, known in KNOWN_SETTINGS.items() if name in known)
+            yield violation(f"{path}.{name}", f"{algo} has no {name}; leave it out, or use one of {knowing}")
 
 
 def _lora(path: str, adapter: LoraAdapter, base_precision: str) -> Iterator[FieldViolation]:
