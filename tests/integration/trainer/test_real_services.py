@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from google.protobuf.json_format import ParseDict
 from PIL import Image
 from reverie.common.v1.common_pb2 import TensorRef
@@ -15,6 +16,7 @@ from reverie_common.rpc.server import Server
 from reverie_common.storage import S3Store, get_tensor
 from reverie_encoder.service import EncoderService
 from reverie_encoder.settings import EncoderSettings
+from reverie_hidream.tensor_io import from_raw
 from reverie_vae.service import VaeService
 from reverie_vae.settings import VaeSettings
 
@@ -76,7 +78,7 @@ async def test_real_services_prepare_what_the_manifest_says(
     for sample in manifest["samples"]:
         latents = get_tensor(trainer.store, ParseDict(sample["latents"], TensorRef()))
         assert latents.shape == (2, 16, sample["height"] // 8, sample["width"] // 8)
-        embeddings = sample["captions"][0]["embeddings"]
+        embeddings = sample["captions"][0][0]["embeddings"]
         shapes = {
             name: get_tensor(trainer.store, ParseDict(ref, TensorRef())).shape for name, ref in embeddings.items()
         }
@@ -96,3 +98,79 @@ async def test_second_job_on_real_services_encodes_nothing(
     spec.datasets[0].crop = True
     cropped = (await trainer.finish((await trainer.submit(spec)).job_id)).preparation
     assert (cropped.num_images_cached, cropped.num_prompts_cached) == (0, 2)
+
+
+def read_manifests(trainer: Any) -> list[dict[str, Any]]:
+    """Every prepared manifest in the store."""
+    return [json.loads(trainer.store.get(info.key)) for info in trainer.store.list("v1/prepared/")]
+
+
+async def prepare(trainer: Any, spec: job_pb2.TrainingJobSpec) -> tuple[job_pb2.PreparationReport, dict[str, Any], str]:
+    """Run a job; return its report, the manifest that it made, and the messages of its notices."""
+    before = read_manifests(trainer)
+    events = await trainer.watch((await trainer.submit(spec)).job_id)
+    assert events[-1].snapshot.state == job_pb2.TRAINING_JOB_STATE_SUCCEEDED, events[-1].snapshot.failure
+    (manifest,) = [found for found in read_manifests(trainer) if found not in before]
+    return events[-1].snapshot.preparation, manifest, " ".join(event.notice.message for event in events)
+
+
+def embeddings_of(trainer: Any, manifest: dict[str, Any], encoder: str) -> dict[str, torch.Tensor]:
+    """Float64 embeddings of every prompt of a manifest by one encoder."""
+    captions = [
+        manifest["empty_caption"],
+        *(caption[0] for each in manifest["samples"] for caption in each["captions"]),
+    ]
+    return {
+        caption["text"]: from_raw(
+            get_tensor(trainer.store, ParseDict(caption["embeddings"][encoder], TensorRef()))
+        ).double()
+        for caption in captions
+    }
+
+
+async def test_compact_takes_nothing_of_exact_and_tells_its_error(
+    start_trainer: Any, real_flags: dict[str, Any], make_spec: Any
+) -> None:
+    trainer = await start_trainer(**real_flags)
+    pictures = {"a.jpg": (picture(300, 200), "a kite"), "b.jpg": (picture(310, 200), "a kite over the sea")}
+    await add_pictures(trainer, "kept", pictures)
+    _, exact, told_of_exact = await prepare(trainer, make_spec("kept"))
+    report, compact, told = await prepare(trainer, make_spec("kept", embedding_storage="compact"))
+    assert report.num_images_cached == 2
+    assert report.num_prompts_cached == 0
+    for error in report.embedding_errors:
+        before, after = (embeddings_of(trainer, manifest, error.encoder) for manifest in (exact, compact))
+        errors = [float((after[text] - before[text]).norm() / before[text].norm()) for text in before]
+        assert len(errors) == 3
+        assert error.mean == pytest.approx(sum(errors) / 3, rel=1e-9)
+        assert error.max == pytest.approx(max(errors), rel=1e-9)
+        assert 0.002 < error.mean < error.max < 0.015
+        assert f"{error.encoder} by {error.mean:.2%} on average, {error.max:.2%} at most" in told
+    assert [error.encoder for error in report.embedding_errors] == ["llama", "t5"]
+    assert "compact storage changes" not in told_of_exact
+    references = compact["samples"][0]["captions"][0][0]["embeddings"]
+    assert [references[name].get("encoding", "") for name in ("clip_l", "clip_g", "t5", "llama")] == [
+        "",
+        "",
+        "int8-groups-32",
+        "int8-groups-32",
+    ]
+    # Back to exact: the first manifest, bit for bit.
+    again = await trainer.watch((await trainer.submit(make_spec("kept"))).job_id)
+    assert not again[-1].snapshot.preparation.embedding_errors
+    assert again[-1].snapshot.preparation.num_prompts_cached == 3
+
+
+async def test_on_demand_encodes_no_caption_before_it_is_needed(
+    start_trainer: Any, real_flags: dict[str, Any], make_spec: Any
+) -> None:
+    trainer = await start_trainer(**real_flags)
+    await add_pictures(trainer, "later", {"a.jpg": (picture(300, 200), "a lighthouse that nobody has encoded")})
+    texts = len(list(trainer.store.list("v1/text/")))
+    report, manifest, _ = await prepare(trainer, make_spec("later", embedding_storage="on_demand"))
+    assert manifest["samples"][0]["captions"] == [[{"text": "a lighthouse that nobody has encoded", "embeddings": {}}]]
+    assert sorted(manifest["empty_caption"]["embeddings"]) == sorted(manifest["encoders"])
+    assert report.num_prompts == 2
+    # The empty caption alone, which another job may have had encoded before.
+    assert len(list(trainer.store.list("v1/text/"))) in (texts, texts + 8)
+    assert not list(trainer.store.list("v1/on_demand/"))
