@@ -118,22 +118,24 @@ async def test_completion_says_enough_and_ends_the_lease(handed_over: Any) -> No
 async def test_the_running_average_is_kept_and_listed_beside_the_adapter(handed_over: Any) -> None:
     trainer, job_id, token = handed_over
     lease_id = (await lease(trainer, job_id, token)).lease_id
-    drawn = job_pb2.ValidationImage(step=3, prompt_name="cat", width=64, height=64, weights="ema")
+    picture = common_pb2.ObjectRef(uri=trainer.store.uri("picture"))
+    drawn = job_pb2.ValidationImage(step=3, prompt_name="cat", width=64, height=64, weights="ema", image=picture)
     await trainer.workers.ReportProgress(
         training_pb2.ReportProgressRequest(
             lease_id=lease_id, report_sequence=1, events=[job_pb2.TrainingJobEvent(validation_image=drawn)]
         )
     )
-    references = {"adapter": trainer.store.uri("plain"), "ema_adapter": trainer.store.uri("average")}
+    average = common_pb2.ObjectRef(uri=trainer.store.uri("average"))
     await trainer.workers.CompleteJob(
         training_pb2.CompleteJobRequest(
             lease_id=lease_id,
             outcome=training_pb2.WORKER_OUTCOME_SUCCEEDED,
-            **{name: common_pb2.ObjectRef(uri=uri) for name, uri in references.items()},
+            adapter=common_pb2.ObjectRef(uri=trainer.store.uri("plain")),
+            ema_adapter=average,
         )
     )
     listed = await trainer.training.ListArtifacts(training_pb2.ListArtifactsRequest(job_id=job_id))
-    assert (await trainer.get(job_id)).ema_adapter.uri == references["ema_adapter"]
+    assert (await trainer.get(job_id)).ema_adapter == average
     assert {artifact.path for artifact in listed.artifacts} == {
         "adapter/ema_pytorch_lora_weights.safetensors",
         "adapter/pytorch_lora_weights.safetensors",
