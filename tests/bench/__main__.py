@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.bench import images, services, store, worker_step
+from tests.bench import images, services, storage, store, worker_step
 from tests.bench.report import Figure
 
 SECTIONS: dict[str, Callable[[], Iterable[Figure]]] = {
     "worker": worker_step.measure,
     "store": store.measure,
+    "storage": storage.measure,
     "images": images.measure,
     "services": services.measure,
 }
