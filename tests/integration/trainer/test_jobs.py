@@ -111,15 +111,15 @@ async def test_worker_gets_the_prepared_samples(trainer: Any, make_spec: Any) ->
     await trainer.until(job.job_id, lambda job: job.num_worker_starts == 1)
     keys = [info.key for info in trainer.store.list("v1/prepared/")]
     manifests = [json.loads(trainer.store.get(key)) for key in keys]
-    manifest = next(item for item in manifests if item["samples"][0]["dataset"] == "manifest")
+    manifest = next(item for item in manifests if item["datasets"][0]["dataset"] == "manifest")
     assert [(sample["name"], sample["width"], sample["height"]) for sample in manifest["samples"]] == [
         ("000.png", 256, 256),
         ("001.png", 320, 192),
         ("002.png", 320, 192),
     ]
-    assert set(manifest["samples"][0]["captions"][0]["embeddings"]) == {"clip_l", "clip_g", "t5", "llama"}
+    assert set(manifest["samples"][0]["captions"][0][0]["embeddings"]) == {"clip_l", "clip_g", "t5", "llama"}
     assert set(manifest["empty_caption"]["embeddings"]) == {"clip_l", "clip_g", "t5", "llama"}
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
 
 
 async def test_jobs_wait_for_their_turn(trainer: Any, make_spec: Any) -> None:
