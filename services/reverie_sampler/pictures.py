@@ -149,13 +149,18 @@ class Pictures:
         stored = await asyncio.gather(*(asyncio.to_thread(self._stored_picture, key) for key, _ in keys))
         plan = _Steps(order.num_inference_steps * sum(picture is None for picture in stored))
         notices = _Notices()
-        for index, ((key, latents_key), image) in enumerate(zip(keys, stored, strict=True)):
+        for index, image in enumerate(stored):
             if image is None:
                 # Closed with this generator: a caller that leaves frees the engine at once.
-                async with aclosing(self._draw_picture(order, index, latents_key, plan, notices)) as answers:
+                answers = self._draw_picture(order, index, keys[index], plan, notices)
+                async with aclosing(answers):
                     async for answer in answers:
+                        if isinstance(answer, ObjectRef):
+                            image = answer
+                            break
                         yield answer
-                image = await self._decode(key, latents_key)
+                    else:
+                        raise AssertionError("a drawing ends with its picture")
             PICTURES.labels("drawn" if stored[index] is None else "stored").inc()
             score = await self._score(order, image, notices)
             for notice in notices.take():
@@ -200,9 +205,10 @@ class Pictures:
         return ref if self._store.head(self._store.key_of(ref.uri)) is not None else None
 
     async def _draw_picture(
-        self, order: SampleOrder, index: int, latents_key: str, plan: "_Steps", notices: "_Notices"
-    ) -> AsyncGenerator[Progress | Preview, None]:
-        """Draw one latent, with its previews."""
+        self, order: SampleOrder, index: int, keys: tuple[str, str], plan: "_Steps", notices: "_Notices"
+    ) -> AsyncGenerator[Progress | Preview | ObjectRef, None]:
+        """Draw one picture with its previews; the last answer is the picture."""
+        key, latents_key = keys
         previews = PreviewMaker(self._vae, self._store, index=index, latents_key=latents_key)
         try:
             async with aclosing(self._draw_latents(order, index, latents_key, plan, previews)) as steps:
@@ -210,6 +216,8 @@ class Pictures:
                     yield progress
                     for preview in previews.take():
                         yield preview
+            # The last previews are made while the VAE decodes the picture.
+            image = await self._decode(key, latents_key)
             for preview in await previews.finish(PREVIEW_PATIENCE_SECONDS):
                 yield preview
         finally:
@@ -218,6 +226,7 @@ class Pictures:
             notices.add("PREVIEWS_LOST", f"no more previews of this picture: {previews.problem}")
         if order.compile and self._engine.compile_problem is not None:
             notices.add("NOT_COMPILED", f"drawn without compiling: {self._engine.compile_problem}")
+        yield image
 
     async def _draw_latents(
         self, order: SampleOrder, index: int, key: str, plan: "_Steps", previews: PreviewMaker
