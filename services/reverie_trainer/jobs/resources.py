@@ -17,6 +17,8 @@ from reverie_trainer.jobs.services import ENCODER_NAMES
 from reverie_trainer.jobs.spec import FullRank, JobSpec
 from reverie_trainer.jobs.storage_estimate import storage_parts, storage_totals
 
+_WORTH_A_HINT = 0.9
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
@@ -60,8 +62,10 @@ class Resources:
         if model.base_precision != NO_CHANGE or isinstance(demand.spec.adapter, FullRank):
             return []
         smaller = replace(demand.spec, model=replace(model, base_precision=INT8_QUANTO))
-        size = total_bytes(self._worker_memory(demand, smaller)) / 1e9
-        return [f"with model.base_precision {INT8_QUANTO} the worker needs {size:.1f} GB of memory"]
+        now, then = (total_bytes(self._worker_memory(demand, spec)) for spec in (demand.spec, smaller))
+        if then > _WORTH_A_HINT * now:
+            return []
+        return [f"with model.base_precision {INT8_QUANTO} the worker needs {then / 1e9:.1f} GB of memory"]
 
     def _worker_memory(self, demand: Demand, spec: JobSpec) -> list[job_pb2.EstimatePart]:
         sizes = None
