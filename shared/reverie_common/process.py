@@ -24,6 +24,18 @@ MALLOC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Blocks of many sizes come and go while buckets and models change; segments that grow keep the holes between them small.
+_DEVICE_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def child_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that holds a model: what it inherits, and how memory is allocated.
+
+    Settings of torch's own allocator win, also under the older name.
+    """
+    has_own = not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(inherited)
+    return {**inherited, **MALLOC_ENVIRONMENT, **({} if has_own else _DEVICE_ALLOCATOR)}
+
 
 def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
     """Run a process's main coroutine; end with status 1 and one log line on a ReverieError, 130 on Ctrl-C.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from reverie_common.process import MALLOC_ENVIRONMENT
+from reverie_common.process import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class LocalLauncher:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, **MALLOC_ENVIRONMENT, **self._command.environment, **secrets},
+                env={**child_environment(os.environ), **self._command.environment, **secrets},
             )
 
     def _signal(self, process: Mapping[str, str], number: signal.Signals) -> None:

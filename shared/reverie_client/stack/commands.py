@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from reverie_common.process import MALLOC_ENVIRONMENT
+from reverie_common.process import child_environment
 
 from reverie_client.stack.options import StackOptions
 from reverie_client.stack.processes import STACK_VARIABLE
@@ -45,8 +45,7 @@ def service_environment(
     """Return the environment of every service: ours without settings of other stacks, plus the store's."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("REVERIE_")}
     return {
-        **inherited,
-        **MALLOC_ENVIRONMENT,
+        **child_environment(inherited),
         # One thread in each service: with two, tensor copies spin and cost 2-6 times the CPU.
         "OMP_NUM_THREADS": "1",
         # Threads that wait for one another must sleep: spinning on shared cores made a step 3-20 times slower.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from reverie_common.errors import UnavailableError
-from reverie_common.process import MALLOC_ENVIRONMENT
+from reverie_common.process import MALLOC_ENVIRONMENT, child_environment
 from reverie_common.rpc.channel import connect, translated
 from reverie_common.rpc.server import Server
 from reverie_common.settings import ServerSettings
@@ -182,3 +182,14 @@ async def test_a_killed_process_is_unavailable(start: Callable[..., Process]) ->
 def test_the_malloc_environment_is_what_was_measured() -> None:
     assert MALLOC_ENVIRONMENT["MALLOC_ARENA_MAX"] == "1"
     assert all(name.startswith("MALLOC_") and value.isdigit() for name, value in MALLOC_ENVIRONMENT.items())
+
+
+def test_torch_allocates_growing_segments_unless_told_otherwise() -> None:
+    assert child_environment({"HOME": "/h"}) == {
+        "HOME": "/h",
+        **MALLOC_ENVIRONMENT,
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        own = {name: "max_split_size_mb:512"}
+        assert child_environment(own) == {**own, **MALLOC_ENVIRONMENT}
