@@ -38,6 +38,7 @@ CAPTION_STRATEGIES = ("textfile", "filename")
 _PARALLEL = 4
 _MAX_CAPTION_FILE_BYTES = 1 << 20
 _PROGRESS_SECONDS = 0.25
+_MAX_NAMED = 10
 
 
 class _UnreadableError(Exception):
@@ -59,6 +60,7 @@ class _Outcome:
 
     samples: list[Sample] = field(default_factory=list)
     untold: list[job_pb2.RejectedSample] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
     num_done: int = 0
 
 
@@ -93,7 +95,8 @@ class Importer:
         async for response in self._read_all(request.dataset, items, outcome):
             yield response
         if not outcome.samples:
-            raise _nothing(f"all {len(items)} images were rejected", request.dataset)
+            reasons = "; ".join(sorted(outcome.reasons)[:_MAX_NAMED])
+            raise _nothing(f"all {len(items)} images were rejected; {reasons}", request.dataset)
         added = await self.datasets.add(request.dataset, mutation, sorted(outcome.samples, key=lambda item: item.name))
         yield training_pb2.ImportSamplesResponse(num_done=len(items), num_total=len(items), dataset=added.dataset)
 
@@ -114,6 +117,7 @@ class Importer:
                 outcome.samples.append(result)
             else:
                 outcome.untold.append(job_pb2.RejectedSample(dataset=dataset, sample=item.name, message=result))
+                outcome.reasons.append(f"{item.name}: {result}")
             if outcome.num_done == len(items) or time.monotonic() - told_at >= _PROGRESS_SECONDS:
                 told_at = time.monotonic()
                 yield progress()

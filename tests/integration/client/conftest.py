@@ -16,6 +16,8 @@ from reverie_client import CallPolicy, SyncReverie
 from reverie_common.storage.seaweed import Seaweed
 
 READY_SECONDS = 60.0
+SOURCE_BUCKET = "client-test-photos"
+"""A bucket that the trainer may import from."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +68,7 @@ def trainer(
     command = [sys.executable, "-m", "reverie_trainer", "--checkpoint", str(tiny_checkpoint), "--port", str(port)]
     command += ["--metrics-port", "0", "--ready-file", str(ready_file), "--state-dir", str(directory)]
     command += ["--encoders", nobody, "--vae", nobody, "--sampler", nobody, "--standby-workers", "0"]
-    command += ["--grace-seconds", "1"]
+    command += ["--grace-seconds", "1", "--source-buckets", SOURCE_BUCKET]
     running = TrainerProcess(
         address=f"127.0.0.1:{port}",
         command=command,
