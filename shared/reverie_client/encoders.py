@@ -18,10 +18,13 @@ class Encoders:
         self._policy = policy
 
     async def encode(
-        self, prompts: Sequence[str], *, encoders: Sequence["pb.Encoder.ValueType"] = ()
+        self, prompts: Sequence[str], *, encoders: Sequence["pb.Encoder.ValueType"] = (), storage: str = "exact"
     ) -> AsyncIterator[pb.EncodePromptsResponse]:
-        """Yield one response for each prompt, in any order; no `encoders` means every one that the server holds."""
-        request = pb.EncodePromptsRequest(prompts=prompts, encoders=encoders)
+        """Yield one response for each prompt, in any order; no `encoders` means every one that the server holds.
+
+        `storage` is how the embeddings are kept: `exact`, `compact` or `on_demand`.
+        """
+        request = pb.EncodePromptsRequest(prompts=prompts, encoders=encoders, storage=storage)
         async for response in stream(self._stub.EncodePrompts, request, self._policy):
             yield response
 

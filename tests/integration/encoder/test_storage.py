@@ -10,6 +10,7 @@ import pytest
 import torch
 from reverie.encoder.v1 import encoder_pb2
 from reverie.encoder.v1.encoder_pb2_grpc import EncoderServiceStub
+from reverie_client import Reverie
 from reverie_common.errors import InvalidArgumentError
 from reverie_common.rpc.channel import connect, translated
 from reverie_common.rpc.server import Server
@@ -134,6 +135,22 @@ async def test_a_new_process_deletes_what_a_dead_one_left_and_makes_it_again(
         after = await ask(stub, ["left behind"], storage="on_demand")
     assert after[0].embeddings[0].tensor == before[0].embeddings[0].tensor
     assert not after[0].embeddings[0].cached
+
+
+async def test_the_sdk_asks_for_the_storage_it_is_told(s3_store: S3Store, tiny_checkpoint: Path) -> None:
+    settings = EncoderSettings(checkpoint=str(tiny_checkpoint), encoders=("t5",), port=0, metrics_port=0)
+    service = EncoderService(settings, s3_store)
+    async with (
+        Server([service.served], settings, load=service.load, stop=service.close) as server,
+        Reverie(encoder=server.target) as reverie,
+    ):
+        found = {
+            storage: [answer.embeddings[0].tensor async for answer in reverie.encoders.encode(["sdk"], storage=storage)]
+            for storage in ("on_demand", "exact", "compact")
+        }
+    assert [found[storage][0].encoding for storage in found] == ["", "", "int8-groups-32"]
+    assert "/on_demand/" in found["on_demand"][0].uri
+    assert "/text/" in found["exact"][0].uri
 
 
 async def test_an_unknown_storage_is_refused_by_name(ask: Ask, s3_store: S3Store, tiny_checkpoint: Path) -> None:
