@@ -6,7 +6,7 @@ import typer
 from reverie_common.errors import ReverieError
 from typer.core import TyperGroup
 
-from reverie_client.cli import checkpoints, datasets, jobs, sample, stack
+from reverie_client.cli import checkpoints, configure, datasets, importing, jobs, sample, stack
 from reverie_client.cli.console import (
     EXIT_CODES_HELP,
     EXIT_INTERRUPTED,
@@ -47,5 +47,7 @@ app.command("down")(stack.down)
 app.command("status")(stack.status)
 app.add_typer(datasets.app, name="dataset")
 app.add_typer(jobs.app, name="job")
+app.add_typer(importing.app, name="import")
+app.command("configure")(configure.configure)
 app.command("sample")(sample.sample)
 app.add_typer(checkpoints.app, name="checkpoint")

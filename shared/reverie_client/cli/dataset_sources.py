@@ -141,7 +141,7 @@ async def import_from(
     dataset = pb.Dataset(name=name)
     async with connect(address) as reverie:
         with stderr().status("importing") as status:
-            async for response in _responses(reverie, name, source):
+            async for response in responses(reverie, name, source):
                 status.update(f"importing {response.num_done} of {response.num_total}")
                 rejected += response.rejected
                 dataset = response.dataset if response.HasField("dataset") else dataset
@@ -154,9 +154,10 @@ async def import_from(
     return len(rejected)
 
 
-async def _responses(
+async def responses(
     reverie: Reverie, name: str, source: pb.BucketSource | Sequence[pb.UrlImage]
 ) -> AsyncIterator[pb.ImportSamplesResponse]:
+    """Import images where they are, in as many calls as it takes."""
     if isinstance(source, pb.BucketSource):
         strategy = source.caption_strategy
         async for response in reverie.datasets.import_bucket(name, source.bucket, source.prefix, captions=strategy):

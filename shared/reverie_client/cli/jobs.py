@@ -10,6 +10,7 @@ from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobSpec, TrainingJo
 from reverie_common.errors import DeadlineExceededError, FieldViolation, InvalidArgumentError, UnavailableError
 from rich.markup import escape
 
+from reverie_client.cli import importing
 from reverie_client.cli.connection import Address, connect, run
 from reverie_client.cli.console import (
     EXIT_INTERRUPTED,
@@ -70,17 +71,39 @@ def check_command(
 
 @app.command("submit")
 def submit_command(
-    file: JobFile,
+    file: Annotated[
+        Path | None, typer.Argument(help="The job in YAML or JSON; - reads it from standard input.")
+    ] = None,
     watch: Watch = False,
     prompt_library: PromptLibraryFile = None,
+    simpletuner: Annotated[
+        Path | None,
+        typer.Option(
+            "--simpletuner",
+            help="In place of a file: SimpleTuner's configuration folder. Its pictures are uploaded first.",
+            show_default=False,
+        ),
+    ] = None,
+    dataset_root: importing.DatasetRoot = None,
+    overrides: importing.Overrides = None,
+    allow_refused: importing.AllowRefused = False,
     address: Address = None,
     output: Output = OutputFormat.TEXT,
 ) -> None:
     """Submit a job and print its id; with --watch, follow it.
 
     Example: [bold]reverie job submit job.yaml --watch[/]
+
+    Example: [bold]reverie job submit --simpletuner config --dataset-root .[/]
     """
-    spec = _read(file, address, prompt_library)
+    if (file is None) == (simpletuner is None):
+        raise InvalidArgumentError("give a job file or --simpletuner, and not both")
+    if simpletuner is None:
+        spec = _read(file or Path("-"), address, prompt_library)
+    else:
+        imported = importing.read_simpletuner(simpletuner, dataset_root, overrides)
+        spec = importing.bring(imported, simpletuner, address, allow_refused=allow_refused)
+        _add_prompts(spec, prompt_library)
     job = run(_submit(spec, address))
     if not watch:
         _print_job_id(job, output)
@@ -244,10 +267,14 @@ def _read(file: Path, address: str | None, prompt_library: Path | None = None) -
     reading = read_job_text(sys.stdin.read(), name="standard input") if is_piped else read_job_file(file)
     if reading.violations:
         raise reading.error(_found_by_trainer(reading, address))
-    if prompt_library is not None:
-        for note in add_prompts(reading.spec, prompt_library):
-            stderr().print(note, markup=False)
+    _add_prompts(reading.spec, prompt_library)
     return reading.spec
+
+
+def _add_prompts(spec: TrainingJobSpec, prompt_library: Path | None) -> None:
+    if prompt_library is not None:
+        for note in add_prompts(spec, prompt_library):
+            stderr().print(note, markup=False)
 
 
 def _found_by_trainer(reading: JobReading, address: str | None) -> list[FieldViolation]:

@@ -11,7 +11,6 @@ from reverie_client.simpletuner.rules import (
     Option,
     Scope,
     apply_options,
-    choice,
     custom,
     flag,
     is_off,
@@ -106,9 +105,7 @@ LYCORIS: tuple[Option, ...] = (
     _cast("multiplier", 1e-9),
     number("linear_dim", "linear_dim", low=1, high=1_000_000, is_whole=True),
     _cast("linear_alpha", 1e-9),
-    _lokr_or_option(
-        number("factor", "factor", "-1 where it is missing", low=-1, high=65536, is_whole=True, default=-1)
-    ),
+    _lokr_or_option(number("factor", "factor", low=-1, high=65536, is_whole=True, default=-1)),
     _lokr_or_option(flag("full_matrix", "full_matrix", default=False)),
     flag("use_scalar", "use_scalar", "the scalar is kept at checkpoints, so that a resumed job goes on exactly"),
     _lokr_or_option(flag("decompose_both", "decompose_both")),
@@ -203,7 +200,7 @@ PRESET: tuple[Option, ...] = (
     *when(
         _selects_by_name,
         "no name is given",
-        (flag("use_fnmatch", "use_fnmatch", "false where it is missing, as in LyCORIS", default=False),),
+        (flag("use_fnmatch", "use_fnmatch", default=False),),
     ),
     flag("enable_conv", "enable_conv", "HiDream's transformer has no convolution"),
 )

@@ -219,7 +219,7 @@ def _report_unread(work: _Import) -> None:
 
 
 def _in_order(work: _Import) -> list[ReportLine]:
-    """Lines by file: the main one first, the others in the order in which they were read; added ones after each file's."""
+    """Lines by file: the main one first, the others as they were read; what was added ends each file."""
     names = list(dict.fromkeys([work.folder.main.name, *(line.file for line in work.draft.report.lines)]))
     return sorted(work.draft.report.lines, key=lambda line: (names.index(line.file), line.outcome == "added"))
 

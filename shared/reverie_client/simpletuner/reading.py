@@ -1,4 +1,4 @@
-"""SimpleTuner's configuration folder as it is: JSON with trailing commas, comments, `--` prefixes, paths from elsewhere.
+"""SimpleTuner's configuration folder as it is: JSON with trailing commas, comments and paths from elsewhere.
 
 Only JSON is read; SimpleTuner's other formats are refused with what to do about it (spec 5.1).
 """

@@ -77,21 +77,25 @@ class Report:
             for line in self.lines
         ]
 
-    def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Rows of a table: file and key, value, outcome, what it means. Neighbours that say the same share one."""
-        for _, group in groupby(self.lines, key=_group):
+    def files(self) -> list[str]:
+        """The files that the lines are about, in their order."""
+        return list(dict.fromkeys(line.file for line in self.lines))
+
+    def rows(self, file: str) -> Iterator[tuple[str, str, str, str]]:
+        """Rows of one file's table: key, value, outcome, what it means. Neighbours that say the same share one."""
+        for _, group in groupby((line for line in self.lines if line.file == file), key=_group):
             lines = list(group)
             first = lines[0]
             keys = ", ".join(line.key for line in lines)
             value = first.value if len(lines) == 1 else ""
             where = f"{first.field} = {first.result}" if first.field and first.result else first.field or first.result
             meaning = "; ".join(part for part in (where, first.reason) if part)
-            yield f"{first.file}: {keys}", value, first.outcome.value, meaning
+            yield keys, value, first.outcome.value, meaning
 
 
 def _group(line: ReportLine) -> tuple[str, ...]:
     alike = line.outcome is Outcome.IGNORED and not line.field
-    return (line.file, line.outcome.value, line.reason, "" if alike else line.key)
+    return (line.outcome.value, line.reason, "" if alike else line.key)
 
 
 def shown(value: Any, key: str = "") -> str:

@@ -12,6 +12,8 @@ from reverie_client.simpletuner.keys.validation import VALIDATION
 from reverie_client.simpletuner.lycoris import LYCORIS, PRESET
 from reverie_client.simpletuner.rules import Option
 
+__all__ = ["CONFIG", "GROUPS", "WEBHOOK"]
+
 CONFIG: tuple[Option, ...] = (*MODEL, *ADAPTER, *TRAINING, *OBJECTIVE, *DATA, *VALIDATION, *OUTLETS, *MACHINE)
 """Options of config.json."""
 

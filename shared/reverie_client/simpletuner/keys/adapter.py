@@ -21,12 +21,12 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out"]
 
 def is_lora(scope: Scope) -> bool:
     """Whether a standard LoRA is trained."""
-    return scope.value("model_type", "full") == "lora" and scope.value("lora_type", "standard") == "standard"
+    return bool(scope.value("model_type", "full") == "lora" and scope.value("lora_type", "standard") == "standard")
 
 
 def is_lycoris(scope: Scope) -> bool:
     """Whether a LyCORIS adapter is trained."""
-    return scope.value("model_type", "full") == "lora" and scope.value("lora_type", "standard") == "lycoris"
+    return bool(scope.value("model_type", "full") == "lora" and scope.value("lora_type", "standard") == "lycoris")
 
 
 def _model_type(scope: Scope, given: Given) -> None:
@@ -79,7 +79,7 @@ _LORA = when(
             ("default", "gaussian", "olora", "pissa"),
             "",
             refused={
-                "loftq": "it needs the quantised weights' error, which the worker does not keep; the nearest that works is pissa",
+                "loftq": "it needs the quantised weights' error, which is not kept; the nearest that works is pissa",
             },
         ),
         flag("use_dora", "adapter.lora.use_dora", "works on a quantised base too"),

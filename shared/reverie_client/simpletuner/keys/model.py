@@ -88,7 +88,7 @@ MODEL: tuple[Option, ...] = (
         "",
         refused={
             "fp16": "float16 overflows in this model; the nearest that works is bf16",
-            "fp8": "there is no 8-bit compute here; the nearest that works is bf16, with base_model_precision fp8wo-torchao for memory",
+            "fp8": "nothing computes in 8 bits here; the nearest that works is bf16",
         },
     ),
     ignored("base_model_default_dtype", "what is not quantised has the compute dtype, and the adapter is float32"),

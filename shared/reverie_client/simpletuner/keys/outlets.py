@@ -45,7 +45,7 @@ def _resume(scope: Scope, given: Given) -> None:
             given,
             "",
             UNSET,
-            "a job goes on from its newest checkpoint by itself after a crash, and with `reverie job resume JOB` after a "
+            "a job goes on from its newest checkpoint by itself after a crash, and by `reverie job resume JOB` after a "
             "cancellation; a submitted job begins anew",
         )
     else:

@@ -3,6 +3,14 @@
 import math
 from typing import Any
 
+from reverie_common.optimizer_catalogue import (
+    CATALOGUE,
+    OptimizerOptionError,
+    UnknownOptimizerError,
+    find_optimizer,
+    parse_options,
+)
+
 from reverie_client.simpletuner.rules import (
     UNSET,
     Given,
@@ -16,13 +24,6 @@ from reverie_client.simpletuner.rules import (
     parse_number,
     refused,
     when,
-)
-from reverie_common.optimizer_catalogue import (
-    CATALOGUE,
-    OptimizerOptionError,
-    UnknownOptimizerError,
-    find_optimizer,
-    parse_options,
 )
 
 UNCLIPPED = ("optimi-stableadamw", "prodigy")
@@ -79,7 +80,8 @@ def _optimizer(scope: Scope, given: Given) -> None:
 def _optimizer_config(scope: Scope, given: Given) -> None:
     """Take `k=v,k=v` apart; what has a field of its own goes there."""
     name = str(scope.value("optimizer", DEFAULT_OPTIMIZER))
-    settings, problems, notes = _settings(name, str(given.value))
+    settings, problems = _settings(str(given.value))
+    notes: list[str] = []
     for field in ("weight_decay", "beta1", "beta2"):
         if field in settings:
             scope.draft.put(f"optimization.{field}", float(settings.pop(field)))
@@ -96,7 +98,7 @@ def _optimizer_config(scope: Scope, given: Given) -> None:
         scope.honour(given, "optimization.optimizer_config", settings)
 
 
-def _settings(name: str, text: str) -> tuple[dict[str, str], list[str], list[str]]:
+def _settings(text: str) -> tuple[dict[str, str], list[str]]:
     settings: dict[str, str] = {}
     problems: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -108,7 +110,7 @@ def _settings(name: str, text: str) -> tuple[dict[str, str], list[str], list[str
     for field in ("weight_decay", "beta1", "beta2"):
         if field in settings and parse_number(settings[field]) is None:
             problems.append(f"{field} {settings.pop(field)!r} is not a number")
-    return settings, problems, []
+    return settings, problems
 
 
 def _problem(name: str, key: str, value: str) -> list[str]:

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from reverie_common.sampling_methods import SCHEDULERS
+
 from reverie_client.simpletuner.rules import (
     UNSET,
     Given,
@@ -18,7 +20,6 @@ from reverie_client.simpletuner.rules import (
     text,
     when,
 )
-from reverie_common.sampling_methods import SCHEDULERS
 
 PIXELS = (64, 4096)
 NO_EVALUATION = (
