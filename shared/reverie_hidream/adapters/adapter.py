@@ -18,6 +18,11 @@ CONFIG_KEY = "lycoris_config"
 """Metadata key of an adapter file that holds the configuration as JSON (spec 4.6)."""
 
 
+_EXACT = ("alpha", "dora_scale", "lora_magnitude_vector", "rescale")
+"""Tensors that keep their dtype in a file: they scale whole weights, so that rounding them to bfloat16 would change the
+base model by more than a short training changes it."""
+
+
 class AdapterSize(NamedTuple):
     """What a configuration adapts."""
 
@@ -61,7 +66,7 @@ class TrainableAdapter(Protocol):
 
         Args:
             metadata: more entries for the file's metadata.
-            dtype: of the numbers; alphas stay float32.
+            dtype: of the numbers; alphas, and what scales whole weights, keep theirs.
         """
 
     def train(self, mode: bool = True) -> None:
@@ -173,7 +178,7 @@ class BranchAdapter:
     def export(self, metadata: Mapping[str, str] | None = None, *, dtype: torch.dtype = torch.bfloat16) -> bytes:
         """See TrainableAdapter."""
         tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith(".alpha") else tensor
+            name: tensor if _stays_exact(name, tensor) else tensor.to(dtype)
             for name, tensor in self._format.tensors(self._branches).items()
         }
         entries = {**(metadata or {}), **self._format.metadata(self._branches)}
@@ -203,6 +208,10 @@ class BranchAdapter:
             for branch in self._branches.values()
             for name, tensor in branch.named_tensors()
         }
+
+
+def _stays_exact(name: str, tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or name.rpartition(".")[2] in _EXACT
 
 
 def check_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

@@ -38,7 +38,7 @@ def adapters(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for tensor in adapter.parameters():
-                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+                tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
         files[name] = directory / f"{name}.safetensors"
         files[name].write_bytes(adapter.export())
         adapter.detach()

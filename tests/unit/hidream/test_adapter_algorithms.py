@@ -112,7 +112,7 @@ def test_starts_without_a_change_and_trains_every_tensor(
     changed.square().sum().backward()
 
     assert off(changed, base) > 1e-4
-    assert all(bool((parameter.grad != 0).any()) for parameter in adapter.parameters())
+    assert all(torch.count_nonzero(torch.as_tensor(parameter.grad)) for parameter in adapter.parameters())
     assert all(parameter.grad is None for parameter in transformer.parameters())
 
 
