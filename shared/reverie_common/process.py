@@ -24,7 +24,7 @@ MALLOC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Blocks of many sizes come and go while buckets and models change; segments that grow keep the holes between them small.
+# Tensors of many sizes come and go while buckets and models change; segments that grow keep the holes small.
 _DEVICE_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 

@@ -35,6 +35,9 @@ class Precision:
     row_multiple: int = 1
     """Layers whose inputs are not a multiple are left as loaded; every Linear of the released models fits."""
 
+    keeps_copies: bool = False
+    """Autograd keeps each weight once more, in the dtype of the activations, until the backward pass of its block."""
+
     nearest: str = INT8_QUANTO
     """What to use where this one cannot be."""
 
@@ -48,8 +51,8 @@ PRECISIONS: Mapping[str, Precision] = {
     "int2-quanto": Precision(library="quanto", bits=2.25, row_multiple=32),
     "fp8-quanto": Precision(library="quanto", bits=8, row_multiple=16),
     "fp8uz-quanto": Precision(library="quanto", bits=8, row_multiple=16),
-    "int8-torchao": Precision(library="torchao", bits=8),
-    "fp8wo-torchao": Precision(library="torchao", bits=8),
+    "int8-torchao": Precision(library="torchao", bits=8, keeps_copies=True),
+    "fp8wo-torchao": Precision(library="torchao", bits=8, keeps_copies=True),
     "nf4-bnb": Precision(library="bitsandbytes", bits=4.13),
     # Products of quantised activations: their kernels have no backward.
     "int8dq-torchao": Precision(library="torchao", bits=8, is_trainable=False, nearest="int8-torchao"),

@@ -161,7 +161,7 @@ def _activations(
     """What the forward pass leaves for the backward pass, and what that adds."""
     tokens = batch.num_samples * (batch.image_tokens + TEXT_TOKENS)
     stream = tokens * config.width * _compute_bytes(spec)
-    interval = spec.memory.gradient_checkpointing_interval if spec.optimization.gradient_checkpointing else 0
+    interval = _interval(spec)
     recomputed = [size for index, size in enumerate(block_bytes) if interval and index % interval == 0]
     kept = [size for index, size in enumerate(block_bytes) if not interval or index % interval]
     working = _BACKWARD_WIDTHS * stream + batch.num_samples * batch.image_tokens * _LATENT_BYTES_PER_TOKEN
@@ -229,5 +229,18 @@ def _dequantised(spec: JobSpec, config: TransformerConfig, compute_bytes: int) -
     """A product takes a quantised weight back to the compute dtype, and once more for its gradient."""
     if spec.model.base_precision == NO_CHANGE:
         return 0.0
-    largest = max(node.shape[0] * node.shape[1] for node in enumerate_modules(config) if node.shape is not None)
-    return 2 * largest * compute_bytes
+    sizes = {node.name: node.shape[0] * node.shape[1] for node in enumerate_modules(config) if node.shape is not None}
+    if not PRECISIONS[spec.model.base_precision].keeps_copies:
+        return 2 * max(sizes.values()) * compute_bytes
+    blocks = [
+        sum(size for name, size in sizes.items() if name.startswith(block)) * compute_bytes
+        for block in _block_names(config)
+    ]
+    interval = _interval(spec)
+    recomputed = [size for index, size in enumerate(blocks) if interval and index % interval == 0]
+    return sum(blocks) - sum(recomputed) + max(recomputed, default=0)
+
+
+def _interval(spec: JobSpec) -> int:
+    """Blocks whose index is a multiple are recomputed; 0 for none."""
+    return spec.memory.gradient_checkpointing_interval if spec.optimization.gradient_checkpointing else 0

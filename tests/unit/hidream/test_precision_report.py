@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from reverie_hidream.precision_report import HEADER, compare, measure_layer, measure_model, report
+from reverie_hidream.precisions import PRECISIONS
 
 
 def test_a_plain_layer_changes_nothing() -> None:
@@ -26,9 +27,9 @@ def test_int8_is_measured_as_rounding_by_hand_gives() -> None:
     assert math.isclose(figures.bits, 8 + 16 / 2560, rel_tol=1e-6)
 
 
-def test_what_torchao_dequantises_is_kept() -> None:
-    assert measure_layer("int8-quanto").kept_bytes == 0
-    assert measure_layer("int8-torchao").kept_bytes == 2
+@pytest.mark.parametrize("precision", ["int8-quanto", "int8-torchao", "fp8wo-torchao", "nf4-bnb"])
+def test_the_table_says_of_which_weights_copies_are_kept(precision: str) -> None:
+    assert measure_layer(precision).kept_bytes == (2 if PRECISIONS[precision].keeps_copies else 0)
 
 
 def test_compares_with_the_model_as_loaded() -> None:

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from google.protobuf.json_format import ParseDict
 from reverie.encoder.v1 import encoder_pb2
 from reverie.training.v1 import job_pb2
@@ -115,3 +117,10 @@ def test_preparation_fails_with_the_remedy() -> None:
 def test_the_table_needs_no_torch() -> None:
     script = "import sys, reverie_hidream.precisions as p; sys.exit('torch' in sys.modules or not p.PRECISIONS)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_example_is_accepted() -> None:
+    example = Path(__file__).parents[3] / "examples" / "jobs" / "low-memory.yaml"
+    spec = spec_from_proto(ParseDict(yaml.safe_load(example.read_text(encoding="utf-8")), job_pb2.TrainingJobSpec()))
+    assert check_spec(spec) == []
+    assert spec.memory.num_offloaded_blocks == 3
