@@ -55,7 +55,7 @@ def make_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
         built = Path(scratch) / "checkpoint"
         with progress_bars_disabled():
             _pipeline(seed).save_pretrained(built, safe_serialization=True)
-            _preview_decoder(seed).save_pretrained(built / PREVIEW_PART, safe_serialization=True)
+            _save_preview_decoder(seed, built / PREVIEW_PART)
         _name_tokenizer_portably(built)
         if directory.exists():
             shutil.rmtree(directory)
@@ -185,7 +185,7 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _preview_decoder(seed: int) -> AutoencoderTiny:
+def _save_preview_decoder(seed: int, directory: Path) -> None:
     """In taef1's layout, narrower."""
     decoder = AutoencoderTiny(
         latent_channels=16,
@@ -194,7 +194,11 @@ def _preview_decoder(seed: int) -> AutoencoderTiny:
     )
     draw_weights(decoder, seed=seed, component=PREVIEW_PART)
     decoder.requires_grad_(False).eval()
-    return nn.Module.to(decoder, torch.bfloat16)
+    nn.Module.to(decoder, torch.bfloat16).save_pretrained(directory, safe_serialization=True)
+    # A field that its own class writes, does not know when it reads it, and warns of.
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    del config["block_out_channels"]
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_tokenizer_portably(checkpoint: Path) -> None:

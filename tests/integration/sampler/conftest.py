@@ -40,6 +40,8 @@ class Stack:
     store: ObjectStore
     encoder_targets: tuple[str, ...]
     vae_target: str
+    target: str
+    """Of the sampler."""
     checkpoint: Path
 
 
@@ -79,6 +81,7 @@ async def stack(tiny_checkpoint: Path, module_s3_store: S3Store, tiny_clip: Path
                 store=module_s3_store,
                 encoder_targets=targets,
                 vae_target=vae_server.target,
+                target=server.target,
                 checkpoint=tiny_checkpoint,
             )
 

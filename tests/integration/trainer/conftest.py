@@ -20,7 +20,7 @@ from reverie.common.v1 import common_pb2
 from reverie.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from reverie.training.v1 import job_pb2, training_pb2, training_pb2_grpc
 from reverie.vae.v1 import vae_pb2, vae_pb2_grpc
-from reverie_common.errors import ReverieError, UnavailableError
+from reverie_common.errors import FailedPreconditionError, ReverieError, UnavailableError
 from reverie_common.rpc.channel import connect
 from reverie_common.rpc.server import ServedService, Server
 from reverie_common.settings import ServerSettings
@@ -149,6 +149,12 @@ class FakeVae(vae_pb2_grpc.VaeServiceServicer):
     async def DescribeVae(self, request: Any, context: Any) -> vae_pb2.DescribeVaeResponse:
         """See the contract."""
         return vae_pb2.DescribeVaeResponse(fingerprint="vae", dtype="float32")
+
+    async def PreviewLatents(
+        self, request: vae_pb2.PreviewLatentsRequest, context: Any
+    ) -> vae_pb2.PreviewLatentsResponse:
+        """See the contract; this stand-in has no tiny decoder."""
+        raise FailedPreconditionError("no tiny decoder", reason="NO_PREVIEW_DECODER")
 
     async def InspectImages(
         self, request: vae_pb2.InspectImagesRequest, context: Any

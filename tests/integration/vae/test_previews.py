@@ -37,7 +37,8 @@ def directly(checkpoint: Path, latents: torch.Tensor) -> np.ndarray[Any, np.dtyp
     model = AutoencoderTiny.from_pretrained(checkpoint / "vae_preview", dtype=torch.float32)
     with torch.no_grad():
         decoded = model.decode(latents).sample
-    return (decoded.numpy().astype(np.float64) / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
+    levels: np.ndarray[Any, np.dtype[np.float64]] = decoded.numpy().astype(np.float64) / 2 + 0.5
+    return levels.clip(0, 1).transpose(0, 2, 3, 1)
 
 
 async def test_previews_equal_the_tiny_decoder_called_directly(
