@@ -160,6 +160,8 @@ class SamplerEngine:
         try:
             # An adapter lies beside the weights that it changes.
             with self._parking.in_use():
+                # A whole transformer takes the weights that it finds for the base.
+                self._select(None, 0.0)
                 adapter = load_adapter(self._transformer, body, strength=0.0)
         except AdapterFileError as error:
             raise InvalidArgumentError(
@@ -210,9 +212,12 @@ class SamplerEngine:
         ).cpu()
 
     def _select(self, sha256: str | None, strength: float) -> None:
+        # The others first: a whole transformer that goes puts the base's weights back.
         for name, adapter in self._adapters.items():
-            adapter.set_strength(strength if name == sha256 else 0.0)
+            if name != sha256:
+                adapter.set_strength(0.0)
         if sha256 is not None:
+            self._adapters[sha256].set_strength(strength)
             self._adapters.move_to_end(sha256)
 
 

@@ -36,12 +36,13 @@ class FullRankAdapter:
         self._parameters = dict(transformer.named_parameters())
         self._base = {name: _local(tensor).detach().cpu().clone() for name, tensor in self._parameters.items()}
         self._trained: dict[str, torch.Tensor] | None = None
+        self._strength = 1.0
         self._is_trained = is_trained
 
     @property
     def selected(self) -> list[str]:
-        """Names of the modules that hold weights."""
-        return sorted({name.rpartition(".")[0] for name in self._parameters})
+        """Names of the Linears; norms and gates are changed too."""
+        return [name for name, module in self._transformer.named_modules() if isinstance(module, nn.Linear)]
 
     @property
     def num_modules(self) -> int:
@@ -88,9 +89,10 @@ class FullRankAdapter:
     @torch.no_grad()
     def set_strength(self, strength: float) -> None:
         """See TrainableAdapter: weights between those of the base and the trained; copies all of them."""
+        if strength == self._strength:
+            return
+        self._strength = strength
         if self._trained is None:
-            if strength == 1.0:
-                return
             self._trained = {name: _local(tensor).detach().cpu().clone() for name, tensor in self._parameters.items()}
         for name, tensor in self._parameters.items():
             base, trained = self._base[name], self._trained[name]
