@@ -51,6 +51,10 @@ class CaptionReader(Protocol):
         """End the reads that wait for an encoder now, with concurrent.futures.CancelledError."""
         ...
 
+    def close(self) -> None:
+        """Let go of what reading needed."""
+        ...
+
 
 class StoredCaptions:
     """Captions that preparation had encoded."""
@@ -65,6 +69,9 @@ class StoredCaptions:
 
     def cancel(self) -> None:
         """See CaptionReader; nothing waits for an encoder here."""
+
+    def close(self) -> None:
+        """See CaptionReader; the store is everybody's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

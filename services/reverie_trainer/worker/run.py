@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -174,6 +174,14 @@ class _Worker:
 
     def _train(self, job: LeasedJob, loader: ModelLoader, log: MetricsLog, pictures: Pictures) -> TrainedAdapter | None:
         """Train to the end; None if an order came first. Leaves nothing of the model in memory."""
+        cache = TensorCache(self.store, max_bytes=self.settings.cache_bytes)
+        with closing(self._captions(job, cache)) as captions:
+            maker = BatchMaker(job.data, cache, _chance(job), _draws(job), captions)
+            return self._train_on(maker, job, loader, log, pictures)
+
+    def _train_on(
+        self, maker: BatchMaker, job: LeasedJob, loader: ModelLoader, log: MetricsLog, pictures: Pictures
+    ) -> TrainedAdapter | None:
         schedule = Schedule(
             job.data.schedule(job.spec),
             seed=job.spec.seed,
@@ -181,8 +189,6 @@ class _Worker:
             num_accumulated=job.spec.optimization.gradient_accumulation_steps,
             sampling=job.spec.dataset_sampling,
         )
-        cache = TensorCache(self.store, max_bytes=self.settings.cache_bytes)
-        maker = BatchMaker(job.data, cache, _chance(job), _draws(job), self._captions(job, cache))
         steps = range(job.first_step, job.spec.optimization.max_steps + 1)
         depth = self.settings.prefetch_batches
         # All batches of the window ask the encoders at the same time, where they ask at all.
