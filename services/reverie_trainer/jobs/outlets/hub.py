@@ -85,9 +85,11 @@ class HubOutlet:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 await asyncio.to_thread(self._commit_once, job, files, texts, message)
-            except (HfHubHTTPError, OSError, ReverieError) as error:
-                failure = _failure(job.spec.publishing.hub_model_id, error)
-                if attempt == ATTEMPTS or _is_final(error):
+            except (HfHubHTTPError, OSError, ReverieError, RuntimeError) as error:
+                # The library wraps what went wrong with an upload into a RuntimeError.
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                failure = _failure(job.spec.publishing.hub_model_id, cause)
+                if attempt == ATTEMPTS or _is_final(cause):
                     raise failure from error
                 logger.info("publishing failed, trying again in %.0f s: %s", delay, failure.message)
                 await asyncio.sleep(delay)
