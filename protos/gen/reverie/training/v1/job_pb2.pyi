@@ -357,7 +357,7 @@ class DatasetSpec(_message.Message):
     crop: _builtins.bool
     """True crops every image to a square, false to the nearest aspect bucket. Default false."""
     crop_style: _builtins.str
-    """Where the crop is taken from: `center`, `corner`, `random` (by image, seeded) or `face`. Default `center`."""
+    """Where the crop is taken from: `center`, `corner` or `random` (by image, seeded). Default `center`."""
     instance_prompt: _builtins.str
     """Caption for images without one; absent means that a missing caption is an error."""
     caption_strategy: _builtins.str
@@ -377,7 +377,9 @@ class DatasetSpec(_message.Message):
     minimum_image_size: _builtins.float
     """Images below are left out, in the unit of resolution. Default 0, none."""
     maximum_image_size: _builtins.float
-    """Images above are first brought down to target_downsample_size, in the unit of resolution. Default 0, none."""
+    """With crop: the crop is cut out of the image as it is; images above this are first brought down to
+    target_downsample_size. In the unit of resolution. Default 0: the whole image is resized until it covers the crop.
+    """
     target_downsample_size: _builtins.float
     """See maximum_image_size, which needs it."""
     minimum_aspect_ratio: _builtins.float

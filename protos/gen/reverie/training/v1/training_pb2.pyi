@@ -1097,7 +1097,7 @@ class ImportSamplesResponse(_message.Message):
     """Images in all."""
     @_builtins.property
     def rejected(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.RejectedSample]:
-        """What could not be read, and why."""
+        """What could not be read since the response before, and why; it is left out."""
 
     @_builtins.property
     def dataset(self) -> Global___Dataset:
