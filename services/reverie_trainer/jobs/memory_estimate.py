@@ -125,11 +125,16 @@ def _weights(spec: JobSpec, config: TransformerConfig) -> float:
         block = ".".join(module.name.split(".")[:2]) if "_stream_blocks." in module.name else ""
         by_block[block] = by_block.get(block, 0.0) + _module_bytes(spec, module)
     outside = by_block.pop("", 0.0)
-    blocks = sorted(by_block.values())
-    num_offloaded = min(spec.memory.num_offloaded_blocks, len(blocks))
-    staged = 2 * blocks[-1] if num_offloaded and blocks else 0.0
-    # Which blocks wait is the worker's choice; the small ones are the careful guess.
-    return outside + sum(blocks[num_offloaded:]) + min(staged, sum(blocks[:num_offloaded]))
+    blocks = list(by_block.values())
+    offloaded = _offloaded(min(spec.memory.num_offloaded_blocks, len(blocks)), len(blocks))
+    waiting = [blocks[index] for index in offloaded]
+    staged = min(2 * max(waiting, default=0.0), sum(waiting))
+    return outside + sum(blocks) - sum(waiting) + staged
+
+
+def _offloaded(num_chosen: int, num_blocks: int) -> list[int]:
+    """Indices of the blocks that wait in host memory: those that the worker chooses, evenly spread."""
+    return [(place + 1) * num_blocks // num_chosen - 1 for place in range(num_chosen)]
 
 
 def _module_bytes(spec: JobSpec, module: ModuleNode) -> float:
