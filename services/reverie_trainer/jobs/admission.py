@@ -23,6 +23,9 @@ from reverie_trainer.jobs.spec import (
     LycorisAdapter,
 )
 
+# What S3 takes in one request.
+MAX_FULL_RANK_BYTES = 5_000_000_000
+
 _ADAPTER_NAMES: Mapping[type, str] = {
     LokrAdapter: "LoKr",
     LycorisAdapter: "LyCORIS",
@@ -81,6 +84,12 @@ def _select(config: TransformerConfig, adapter: Adapter) -> tuple[AdapterSelecti
         selection = select_adapter(config, adapter)
     except ValueError as error:
         return None, [FieldViolation(field="adapter.lycoris", description=str(error))]
+    if isinstance(adapter, FullRank) and 2 * selection.num_parameters > MAX_FULL_RANK_BYTES:
+        description = (
+            f"{selection.num_parameters:,} weights make a file above {MAX_FULL_RANK_BYTES:,} bytes, more than an object "
+            "of the store holds, and a job trains in one process; train an adapter"
+        )
+        return selection, [FieldViolation(field="adapter.full_rank", description=description)]
     if isinstance(adapter, LokrAdapter) and adapter.init_lokr_norm is not None and selection.split:
         description = (
             f"{adapter.init_lokr_norm:g} needs whole factors, and linear_dim {adapter.linear_dim} splits those of "

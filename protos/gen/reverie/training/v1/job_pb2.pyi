@@ -614,7 +614,9 @@ class LokrSpec(_message.Message):
     decompose_both: _builtins.bool
     """Allow W1 to be factorised too. Default false."""
     dropout: _builtins.float
-    """Probability that an input of the adapter is set to 0, 0 to below 1. Default 0."""
+    """Probability that an element of the change of a layer's output is set to 0, 0 to below 1; the others are scaled up.
+    Default 0.
+    """
     rank_dropout: _builtins.float
     """Probability that a row of the weight change is set to 0. Default 0."""
     module_dropout: _builtins.float
