@@ -86,8 +86,8 @@ def _select(config: TransformerConfig, adapter: Adapter) -> tuple[AdapterSelecti
         return None, [FieldViolation(field="adapter.lycoris", description=str(error))]
     if isinstance(adapter, FullRank) and 2 * selection.num_parameters > MAX_FULL_RANK_BYTES:
         description = (
-            f"{selection.num_parameters:,} weights make a file above {MAX_FULL_RANK_BYTES:,} bytes, more than an object "
-            "of the store holds, and a job trains in one process; train an adapter"
+            f"{selection.num_parameters:,} weights make a file above {MAX_FULL_RANK_BYTES:,} bytes, more than one "
+            "object holds, and a job trains in one process; train an adapter"
         )
         return selection, [FieldViolation(field="adapter.full_rank", description=description)]
     if isinstance(adapter, LokrAdapter) and adapter.init_lokr_norm is not None and selection.split:
