@@ -160,17 +160,16 @@ def draw(
     """Turn noise into latents. Blocks for all steps.
 
     Args:
-        scheduler: its settings are taken, it is not changed; concurrent draws may share it.
+        scheduler: its settings are taken, it is not changed.
         positive: embeddings of B prompts.
         negative: what guidance steers away from; needed where `guidance_scale` is above 1.
-        width: pixels, of the picture that the latents decode to.
-        height: pixels.
+        width, height: pixels of the picture that the latents decode to.
         noise: (B, C, height / 8, width / 8), standard normal.
         guidance_scale: classifier-free guidance; up to 1 switches it off, and halves the time.
         shift: of the schedule; None is the scheduler's own.
         seed: for the schedulers that draw noise at every step.
-        guidance_rescale: 0 to 1; see `rescale_guidance`. Matters where there is guidance.
-        predict: what computes velocities; the compiled form of `predict_velocity` draws faster.
+        guidance_rescale: 0 to 1; see `rescale_guidance`.
+        predict: what computes velocities; a `CompiledPrediction` is faster once it is compiled.
         on_step: called after every step with (steps done, steps in all).
         previews: called in this thread, after `on_step`.
         should_stop: asked before every step.
@@ -184,39 +183,44 @@ def draw(
     """
     check_image_size(transformer, width=width, height=height)
     _check_inputs(positive, negative, noise, guidance_scale, width, height)
-    device = transformer.x_embedder.proj.bias.device
-    # The unconditional half comes first, as in every HiDream pipeline.
-    conditioning = join(negative, positive) if guidance_scale > 1.0 and negative is not None else positive
-    conditioning = conditioning.to(device, transformer.x_embedder.proj.bias.dtype)
     guidance = _Guidance(scale=guidance_scale, rescale=guidance_rescale)
-    stepper = _start_schedule(scheduler, num_inference_steps, transformer.max_seq, shift, device)
+    weight = transformer.x_embedder.proj.bias
+    conditioning = guidance.join(positive, negative).to(weight.device, weight.dtype)
+    stepper = _start_schedule(scheduler, num_inference_steps, transformer.max_seq, shift, weight.device)
     step_arguments = _step_arguments(stepper, seed)
 
-    latents = noise.to(device, torch.promote_types(noise.dtype, torch.float32))
+    latents = noise.to(weight.device, torch.promote_types(noise.dtype, torch.float32))
     num_steps = len(stepper.timesteps)
     for index, timestep in enumerate(stepper.timesteps):
         if should_stop is not None and should_stop():
             raise SamplingStoppedError(f"stopped after {index} of {num_steps} steps")
         velocity = guidance.velocity(predict, transformer, latents, timestep, conditioning)
-        before = latents
-        latents = stepper.step(velocity, timestep, before, return_dict=False, **step_arguments)[0]
+        before, latents = latents, stepper.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
         if on_step is not None:
             on_step(index + 1, num_steps)
-        if previews is not None and previews.is_due(index + 1):
-            previews.show(_preview(stepper, index, before, velocity, latents))
+        _show(previews, stepper, index, before, velocity, latents)
     return latents
 
 
-def _preview(
-    stepper: Any, index: int, before: torch.Tensor, velocity: torch.Tensor, after: torch.Tensor
-) -> StepPreview:
+def _show(
+    hook: PreviewHook | None,
+    stepper: Any,
+    index: int,
+    before: torch.Tensor,
+    velocity: torch.Tensor,
+    after: torch.Tensor,
+) -> None:
+    if hook is None or not hook.is_due(index + 1):
+        return
     num_steps = len(stepper.timesteps)
     is_last = index + 1 == num_steps
-    return StepPreview(
-        step=index + 1,
-        num_steps=num_steps,
-        timestep=float(stepper.timesteps[index]),
-        latents=after if is_last else before - stepper.sigmas[index].to(before) * velocity,
+    hook.show(
+        StepPreview(
+            step=index + 1,
+            num_steps=num_steps,
+            timestep=float(stepper.timesteps[index]),
+            latents=after if is_last else before - stepper.sigmas[index].to(before) * velocity,
+        )
     )
 
 
@@ -224,6 +228,10 @@ def _preview(
 class _Guidance:
     scale: float
     rescale: float
+
+    def join(self, positive: TextConditioning, negative: TextConditioning | None) -> TextConditioning:
+        """The unconditional half comes first, as in every HiDream pipeline."""
+        return join(negative, positive) if self.scale > 1.0 and negative is not None else positive
 
     def velocity(
         self,

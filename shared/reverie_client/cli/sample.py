@@ -65,12 +65,7 @@ def sample(
 
     Example: [bold]reverie sample "a photo of my cat on a beach" --job job-0123456789ab[/]
     """
-    if adapter is not None and job is not None:
-        violation = FieldViolation(field="--adapter", description="--job names an adapter already; give one of them")
-        raise InvalidArgumentError("two adapters were given", violations=[violation])
-    if adapter is not None and not adapter.is_file():
-        violation = FieldViolation(field="--adapter", description=f"{adapter} is not a file; check the path")
-        raise InvalidArgumentError("there is no such adapter", violations=[violation])
+    _check_adapter(adapter, job)
     width, height = _size(size)
     request = SampleRequest(
         prompt=prompt,
@@ -90,6 +85,19 @@ def sample(
         compile=compile_model,
     )
     drawn = run(_sample(request, job, step, adapter, to, address, sampler))
+    _print(drawn, output)
+
+
+def _check_adapter(adapter: Path | None, job: str | None) -> None:
+    if adapter is not None and job is not None:
+        violation = FieldViolation(field="--adapter", description="--job names an adapter already; give one of them")
+        raise InvalidArgumentError("two adapters were given", violations=[violation])
+    if adapter is not None and not adapter.is_file():
+        violation = FieldViolation(field="--adapter", description=f"{adapter} is not a file; check the path")
+        raise InvalidArgumentError("there is no such adapter", violations=[violation])
+
+
+def _print(drawn: _Drawn, output: OutputFormat) -> None:
     if output is OutputFormat.JSON:
         print_json(
             {
