@@ -97,6 +97,12 @@ def with_max_steps(spec: JobSpec, buckets: Sequence[Bucket]) -> JobSpec:
     return replace(spec, optimization=replace(optimization, max_steps=num_steps))
 
 
+def without_filled_steps(spec: JobSpec) -> JobSpec:
+    """Return a job of num_epochs without the max_steps that were filled in: as it was asked for."""
+    optimization = spec.optimization
+    return replace(spec, optimization=replace(optimization, max_steps=0)) if optimization.num_epochs else spec
+
+
 def step_range(choice: DatasetChoice) -> StepRange:
     """Return the steps at which a dataset is used."""
     return StepRange(first=max(1, choice.start_step), last=choice.end_step or None)

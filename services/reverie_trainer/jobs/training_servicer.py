@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from reverie_trainer.jobs.admission import Admission
 from reverie_trainer.jobs.artifacts import artifact_message
+from reverie_trainer.jobs.buckets import without_filled_steps
 from reverie_trainer.jobs.checkpoints import checkpoint_steps, forget_later_checkpoints
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.events import append_notice, watch
@@ -72,7 +73,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """See the contract."""
         check_request_id(request.request_id)
         source = await self._database.run(lambda session: read_spec(get_job(session, request.job_id)))
-        spec = spec_from_proto(request.spec if request.HasField("spec") else source)
+        given = request.HasField("spec")
+        spec = spec_from_proto(request.spec) if given else without_filled_steps(spec_from_proto(source))
         start = Start(job_id=request.job_id, step=request.step, adapter_only=request.adapter_only)
         creation = _Creation(spec=replace(spec, start=start), request_id=request.request_id, method="ForkTrainingJob")
         return training_pb2.ForkTrainingJobResponse(job=job_message(await self._create(creation)))

@@ -66,6 +66,17 @@ async def test_fork_begins_at_the_others_newest_checkpoint_with_objects_of_its_o
     assert bytes(state["adapter/x"].data) == (2).to_bytes(4, "little")
 
 
+async def test_fork_of_a_job_of_epochs_is_as_long_as_that_was_asked_for(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("epochs-fork", CATS)
+    spec = make_spec("epochs-fork")
+    spec.optimization.max_steps, spec.optimization.num_epochs = 0, 2
+    source = await submit_finished(trainer, spec, 1)
+    # The source has its steps filled in, which is not what was asked for.
+    assert (await trainer.get(source)).spec.optimization.max_steps > 0
+    job = await fork(trainer, source)
+    assert (job.spec.optimization.max_steps, job.spec.optimization.num_epochs) == (0, 2)
+
+
 async def test_worker_of_a_fork_is_given_its_start(trainer: Any, make_spec: Any) -> None:
     await trainer.add_dataset("lease", CATS)
     source = await submit_finished(trainer, make_spec("lease"), 1, 2)

@@ -139,9 +139,7 @@ def _captions(path: str, choice: DatasetChoice) -> Iterator[FieldViolation]:
     if choice.instance_prompts and choice.instance_prompt is not None:
         yield violation(f"{path}.instance_prompts", "instance_prompt is given too; give one of both")
     if choice.caption_strategy == "instanceprompt" and not has_prompt:
-        yield violation(
-            f"{path}.instance_prompt", "it is missing; caption_strategy 'instanceprompt' reads it alone"
-        )
+        yield violation(f"{path}.instance_prompt", "it is missing; caption_strategy 'instanceprompt' reads it alone")
     if choice.prepend_instance_prompt and not has_prompt:
         yield violation(f"{path}.instance_prompt", "it is missing; prepend_instance_prompt puts it before each caption")
     if choice.prepend_instance_prompt and choice.caption_strategy == "instanceprompt":
