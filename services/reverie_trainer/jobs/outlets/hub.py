@@ -87,7 +87,8 @@ class HubOutlet:
                 await asyncio.to_thread(self._commit_once, job, files, texts, message)
             except (HfHubHTTPError, OSError, ReverieError, RuntimeError) as error:
                 # The library wraps what went wrong with an upload into a RuntimeError.
-                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                is_wrapped = type(error) is RuntimeError and isinstance(error.__cause__, Exception)
+                cause = error.__cause__ if is_wrapped else error
                 failure = _failure(job.spec.publishing.hub_model_id, cause)
                 if attempt == ATTEMPTS or _is_final(cause):
                     raise failure from error
@@ -143,7 +144,7 @@ def _is_extra(path: str) -> bool:
     return path.startswith("adapter/") and not path.endswith(f"/{ADAPTER_FILE}")
 
 
-def _failure(repository: str, error: Exception) -> OutletFailedError:
+def _failure(repository: str, error: BaseException | None) -> OutletFailedError:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no answer"
         why = f"the Hub answered {status}"
@@ -153,6 +154,6 @@ def _failure(repository: str, error: Exception) -> OutletFailedError:
     return OutletFailedError(message=f"{repository} was not published: {text}")
 
 
-def _is_final(error: Exception) -> bool:
+def _is_final(error: BaseException | None) -> bool:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
     return status in (400, 401, 403, 404, 413, 422)

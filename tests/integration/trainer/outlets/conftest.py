@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,12 @@ class HubStandIn(Listener):
             ]
         }
 
+    def _validate(self, request: Request) -> Any:
+        """The Hub's check of a model card's front matter."""
+        matter = yaml.safe_load(request.json["content"].split("---")[1])
+        errors = [] if {"license", "base_model", "tags"} <= matter.keys() else [{"message": "a key is missing"}]
+        return {"errors": errors, "warnings": []}
+
     def _batch(self, request: Request, name: str) -> Any:
         self._require_repository(name)
         objects = []
@@ -140,6 +147,7 @@ class HubStandIn(Listener):
         (r"POST /api/repos/create", _create),
         (r"POST /api/models/([^/]+/[^/]+)/preupload/main(?:\?.*)?", _preupload),
         (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", _batch),
+        (r"POST /api/validate-yaml", _validate),
         (r"PUT /upload/([0-9a-f]{64})/(\d+)", _upload),
         (r"POST /api/models/([^/]+/[^/]+)/commit/main(?:\?.*)?", _commit),
     )
