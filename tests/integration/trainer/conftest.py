@@ -20,7 +20,7 @@ from reverie.common.v1 import common_pb2
 from reverie.encoder.v1 import encoder_pb2, encoder_pb2_grpc
 from reverie.training.v1 import job_pb2, training_pb2, training_pb2_grpc
 from reverie.vae.v1 import vae_pb2, vae_pb2_grpc
-from reverie_common.errors import FailedPreconditionError, ReverieError, UnavailableError
+from reverie_common.errors import FailedPreconditionError, ReverieError
 from reverie_common.rpc.channel import connect
 from reverie_common.rpc.server import ServedService, Server
 from reverie_common.settings import ServerSettings
@@ -68,7 +68,7 @@ class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):
         self.num_describes = 0
         self.log: list[str] = []
         self.is_busy = False
-        self.unavailable_describes = 0
+        self.precisions: list[str] = []
 
     async def ReleaseMemory(
         self, request: encoder_pb2.ReleaseMemoryRequest, context: Any
@@ -80,15 +80,13 @@ class FakeEncoder(encoder_pb2_grpc.EncoderServiceServicer):
     async def DescribeEncoders(self, request: Any, context: Any) -> encoder_pb2.DescribeEncodersResponse:
         """See the contract."""
         self.num_describes += 1
-        if self.unavailable_describes:
-            self.unavailable_describes -= 1
-            raise UnavailableError("the encoders are loading", reason="LOADING")
+        precision = self.precisions.pop(0) if self.precisions else "no_change"
         return encoder_pb2.DescribeEncodersResponse(
             encoders=[
                 encoder_pb2.EncoderDescription(
                     encoder=encoder,
                     fingerprint=f"encoder-{encoder}",
-                    precision="no_change",
+                    precision=precision,
                     max_length=MAX_WORDS,
                     shape=[4, 8],
                     dtype="BF16",

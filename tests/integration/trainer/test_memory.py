@@ -79,7 +79,8 @@ async def test_what_encoders_hold_is_checked_again_when_they_are_asked(
     trainer: Any, make_spec: Any, neighbours: Any
 ) -> None:
     await trainer.add_dataset("changed", CATS)
-    neighbours.encoder.unavailable_describes = 1
+    # Replaced between the check and the preparation.
+    neighbours.encoder.precisions = ["int8-quanto"]
     spec = make_spec("changed", model=job_pb2.ModelSpec(text_encoder_precision={"t5": "int8-quanto"}))
     failure = (await run(trainer, spec))[-1].snapshot.failure
     assert failure.reason == "ENCODER_PRECISION"
