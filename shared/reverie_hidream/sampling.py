@@ -170,8 +170,7 @@ def draw(
         seed: for the schedulers that draw noise at every step.
         guidance_rescale: 0 to 1; see `rescale_guidance`.
         predict: what computes velocities; a `CompiledPrediction` is faster once it is compiled.
-        on_step: called after every step with (steps done, steps in all).
-        previews: called in this thread, after `on_step`.
+        on_step: called after every step with (steps done, steps in all); then come the previews.
         should_stop: asked before every step.
 
     Returns:
@@ -190,14 +189,13 @@ def draw(
     step_arguments = _step_arguments(stepper, seed)
 
     latents = noise.to(weight.device, torch.promote_types(noise.dtype, torch.float32))
-    num_steps = len(stepper.timesteps)
     for index, timestep in enumerate(stepper.timesteps):
         if should_stop is not None and should_stop():
-            raise SamplingStoppedError(f"stopped after {index} of {num_steps} steps")
+            raise SamplingStoppedError(f"stopped after {index} of {len(stepper.timesteps)} steps")
         velocity = guidance.velocity(predict, transformer, latents, timestep, conditioning)
         before, latents = latents, stepper.step(velocity, timestep, latents, return_dict=False, **step_arguments)[0]
         if on_step is not None:
-            on_step(index + 1, num_steps)
+            on_step(index + 1, len(stepper.timesteps))
         _show(previews, stepper, index, before, velocity, latents)
     return latents
 
