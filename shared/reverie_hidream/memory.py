@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from reverie_hidream.host_blocks import HostBlocks
@@ -77,6 +79,13 @@ def block_runner(transformer: Any) -> Callable[..., Any]:
     recompute = transformer.gradient_checkpointing and torch.is_grad_enabled()
 
     def run(index: int, block: Callable[..., Any], *arguments: Any) -> Any:
+        module = arguments[0]
+        if isinstance(module, FSDPModule):
+            # FSDP gathers the weights around a call of the module itself; `shard` has made it call what it is given.
+            return module(partial(run_whole, index, block), *arguments[1:])
+        return run_whole(index, block, *arguments)
+
+    def run_whole(index: int, block: Callable[..., Any], *arguments: Any) -> Any:
         host = memory.host if memory.host is not None and index in memory.host else None
         body = block if host is None else host.loading(index, block)
         if recompute and index % memory.checkpointing_interval == 0:

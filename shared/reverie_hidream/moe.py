@@ -198,8 +198,10 @@ def _stacked_weights(experts: Any, tokens: torch.Tensor) -> dict[str, torch.Tens
     for name, stack in stacks.items():
         for index, expert in enumerate(experts):
             linear = getattr(expert, name)
-            # An adapter sets `forward` on the instance; moving or loading the model replaces the weight's memory.
-            if "forward" in vars(linear) or linear.weight.data_ptr() != stack[index].data_ptr():
+            # An adapter sets `forward` on the instance; moving or loading the model replaces the weight's memory; and
+            # the stack is no part of the graph, so that weights which are trained would get no gradient.
+            is_stacked = linear.weight.data_ptr() == stack[index].data_ptr()
+            if "forward" in vars(linear) or linear.weight.requires_grad or not is_stacked:
                 return None
     return stacks
 

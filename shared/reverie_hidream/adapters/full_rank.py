@@ -7,7 +7,8 @@ host memory, so that its predictions can be had back to the last bit (regularisa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from reverie_hidream.adapters.adapter import check_state
 from reverie_hidream.adapters.branch import is_plain
 from reverie_hidream.adapters.config import AdapterConfigError
+from reverie_hidream.memory import blocks_of
 from reverie_hidream.tensor_io import to_raw
 
 logger = logging.getLogger(__name__)
@@ -141,9 +143,25 @@ def shard(transformer: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard  # several ranks only
 
     model: Any = transformer
-    for block in (*model.double_stream_blocks, *model.single_stream_blocks):
-        fully_shard(block.block)
-    fully_shard(transformer)
+    blocks = [block.block for block in blocks_of(model)]
+    for block in blocks:
+        # The blocks' own forward is diffusers', which the training path does not use; see `block_runner`.
+        block.forward = partial(_call_with, block)
+    parts = (
+        model.x_embedder,
+        model.t_embedder,
+        model.p_embedder,
+        *model.caption_projection,
+        model.final_layer.adaLN_modulation,
+        model.final_layer.linear,
+    )
+    for part in (*blocks, *parts):
+        # Each is a root of its own, as the transformer itself is never called; a root would keep its weights whole.
+        fully_shard(part, reshard_after_forward=True)
+
+
+def _call_with(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(module, *arguments)
 
 
 @torch.no_grad()
