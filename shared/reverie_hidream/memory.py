@@ -79,10 +79,11 @@ def block_runner(transformer: Any) -> Callable[..., Any]:
     recompute = transformer.gradient_checkpointing and torch.is_grad_enabled()
 
     def run(index: int, block: Callable[..., Any], *arguments: Any) -> Any:
-        module = arguments[0]
+        module: Any = arguments[0]
         if isinstance(module, FSDPModule):
             # FSDP gathers the weights around a call of the module itself; `shard` has made it call what it is given.
-            return module(partial(run_whole, index, block), *arguments[1:])
+            sharded: Any = module
+            return sharded(partial(run_whole, index, block), *arguments[1:])
         return run_whole(index, block, *arguments)
 
     def run_whole(index: int, block: Callable[..., Any], *arguments: Any) -> Any:

@@ -143,7 +143,7 @@ def shard(transformer: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard  # several ranks only
 
     model: Any = transformer
-    blocks = [block.block for block in blocks_of(model)]
+    blocks: list[Any] = [block.block for block in blocks_of(model)]
     for block in blocks:
         # The blocks' own forward is diffusers', which the training path does not use; see `block_runner`.
         block.forward = partial(_call_with, block)
