@@ -76,7 +76,7 @@ def test_the_configuration_is_complete_and_keeps_the_callers_names() -> None:
         name_algo_map={"double_stream_blocks.*.block.ff_t*": LokrOverrides(factor=4, linear_alpha=2.0)},
     )
     adapter = LokrAdapter(multiplier=0.5, use_scalar=True, apply_preset=preset)
-    config = json.loads(lycoris_config_file(adapter))
+    config = json.loads(lycoris_config_file(adapter) or b"")
     assert (config["algo"], config["multiplier"], config["linear_dim"], config["linear_alpha"]) == (
         "lokr",
         0.5,
