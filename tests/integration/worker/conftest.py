@@ -218,7 +218,7 @@ SMALL_JOB: dict[str, Any] = {
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        both_are_objects = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "lokr"
+        both_are_objects = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "adapter"
         merged[key] = _merge(base[key], value) if both_are_objects else value
     return merged
 

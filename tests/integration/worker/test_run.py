@@ -50,6 +50,41 @@ def test_the_adapter_file_says_what_it_is(prepared: Any, work: Work) -> None:
     assert "lycoris_double_stream_blocks_0_block_attn1_to_q.lokr_w1" in unpack_tensors(body)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "path", "key"),
+    [
+        (
+            {"lora": {"rank": 4, "dropout": 0.1}},
+            "adapter/pytorch_lora_weights.safetensors",
+            "transformer.double_stream_blocks.0.block.attn1.to_q.lora_A.weight",
+        ),
+        (
+            {"lycoris": {"algo": "loha", "linear_dim": 2, "rank_dropout": 0.1}},
+            "adapter/pytorch_lora_weights.safetensors",
+            "lycoris_double_stream_blocks_0_block_attn1_to_q.hada_w1_a",
+        ),
+        (
+            {"full_rank": {}},
+            "transformer/diffusion_pytorch_model.safetensors",
+            "double_stream_blocks.0.block.attn1.to_q.weight",
+        ),
+    ],
+)
+def test_every_kind_of_adapter_is_trained_and_proven(
+    adapter: dict[str, Any], path: str, key: str, prepared: Any, work: Work
+) -> None:
+    trainer = prepared.trainer(
+        name=f"job-{next(iter(adapter))}", adapter=adapter, optimization={"learning_rate": 0.001}
+    )
+    work(trainer)
+    completion = trainer.completions[0]
+    assert completion.outcome == WORKER_OUTCOME_SUCCEEDED
+    assert trainer.notices() == ["ADAPTER_PROVEN"]
+    assert completion.adapter.uri.endswith(path)
+    assert key in unpack_tensors(get_object(prepared.store, completion.adapter))
+    assert completion.HasField("lycoris_config") == ("lycoris" in adapter)
+
+
 def test_the_metrics_file_has_every_step(prepared: Any, work: Work) -> None:
     trainer = prepared.trainer()
     work(trainer)
