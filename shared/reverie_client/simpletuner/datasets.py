@@ -44,6 +44,10 @@ class Entries:
     plans: list[DatasetPlan] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     by_id: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
+    """Keys that mean nothing in this configuration, with the reason."""
+    unmeasured: str = ""
+    """Why evaluation entries are not used; empty where they are."""
 
     def place(self, named: str) -> Path:
         """Return where a relative path is: the first place that exists, otherwise below the dataset root."""
@@ -84,6 +88,8 @@ def _read_entry(entries: Entries, entry: Mapping[str, Any], label: str) -> None:
         )
     elif kind == "conditioning":
         _read_masks(entries, entry, prefix, label)
+    elif kind == "eval" and entries.unmeasured:
+        _ignore_all(entries, entry, prefix, ENTRY, entries.unmeasured)
     elif kind in PICTURES:
         _read_pictures(entries, entry, prefix, label)
     else:
@@ -150,7 +156,8 @@ def _read_pictures(entries: Entries, entry: Mapping[str, Any], prefix: str, labe
     inherited = {key: entries.config[key] for key in FALLBACKS if key in entries.config and scope.value(key) is None}
     own, scope.given = scope.given, {**inherited, **scope.given}
     _apply_inherited(scope, inherited)
-    apply_given(scope, own, ENTRY, UNKNOWN)
+    table = [ignored(each.name, entries.unused[each.name]) if each.name in entries.unused else each for each in ENTRY]
+    apply_given(scope, own, table, UNKNOWN)
     apply_defaults(scope, ENTRY)
     _take_masks(entries, scope)
     entries.draft.document["datasets"].append(scope.fields)

@@ -31,7 +31,17 @@ def _algo(scope: Scope) -> str:
 
 
 def _is_lokr(scope: Scope) -> bool:
-    return _algo(scope) == "lokr"
+    """Whether the adapter is LoKr throughout; a mixture is the job's other kind of LyCORIS adapter."""
+    return scope.root.startswith("adapter.lokr.")
+
+
+def _mixes(document: Mapping[str, Any]) -> bool:
+    """Whether a selection has an algorithm of its own."""
+    preset = document.get("apply_preset")
+    maps = [preset.get(name) for name in ("module_algo_map", "name_algo_map")] if isinstance(preset, Mapping) else []
+    overrides = [each for found in maps if isinstance(found, Mapping) for each in found.values()]
+    own = [str(each["algo"]).lower() for each in overrides if isinstance(each, Mapping) and "algo" in each]
+    return any(name != "lokr" for name in own)
 
 
 def _take_algo(scope: Scope, given: Given) -> None:
@@ -40,7 +50,7 @@ def _take_algo(scope: Scope, given: Given) -> None:
         scope.refuse(
             given, f"there is no {given.value!r}", f"the nearest that works is lokr; there are {', '.join(ALGORITHMS)}"
         )
-    elif name == "lokr":
+    elif _is_lokr(scope):
         scope.honour(given, "", UNSET, "adapter.lokr says it")
     else:
         scope.honour(given, "algo", name)
@@ -161,10 +171,13 @@ def _inner(scope: Scope, prefix: str, overrides: Any) -> Scope:
 
 
 def _override_algo(scope: Scope, given: Given) -> None:
-    if str(given.value).lower() == "lokr":
+    name = SAME_ALGORITHM.get(str(given.value).lower(), str(given.value).lower())
+    if _is_lokr(scope):
         scope.ignore(given, "it is the algorithm of the adapter")
+    elif name in ALGORITHMS:
+        scope.honour(given, "algo", name)
     else:
-        scope.refuse(given, "one adapter has one algorithm", "leave it out")
+        scope.refuse(given, f"there is no {given.value!r}", f"use one of {', '.join(ALGORITHMS)}")
 
 
 _OVERRIDES: tuple[Option, ...] = (
@@ -177,7 +190,7 @@ _OVERRIDES: tuple[Option, ...] = (
     number("dropout", "dropout", low=0.0, high=0.999999),
     number("rank_dropout", "rank_dropout", low=0.0, high=0.999999),
     number("module_dropout", "module_dropout", low=0.0, high=0.999999),
-    custom("algo", _override_algo, "refused"),
+    custom("algo", _override_algo, "honoured"),
 )
 
 
@@ -210,14 +223,14 @@ PRESET: tuple[Option, ...] = (
 def read_lycoris(draft: Draft, file: str, document: Mapping[str, Any]) -> None:
     """Turn a LyCORIS file into the draft's adapter; every key gets its line."""
     algo = _algo(Scope(file=file, draft=draft, given=resolve(document, LYCORIS, str)[0]))
-    root = "adapter.lokr." if algo == "lokr" else "adapter.lycoris."
+    root = "adapter.lokr." if algo == "lokr" and not _mixes(document) else "adapter.lycoris."
     plain = {key: value for key, value in document.items() if key != "apply_preset"}
     given, again = resolve(plain, LYCORIS, str)
     scope = Scope(file=file, draft=draft, given=given, root=root)
     draft.put(root.rstrip("."), draft.get(root.rstrip(".")) or {})
     for extra in again:
         scope.refuse(extra, "another key of this file says the same", "remove one of both")
-    table = LYCORIS if algo == "lokr" else (*LYCORIS, *_own_options(given))
+    table = LYCORIS if root == "adapter.lokr." else (*LYCORIS, *_own_options(given))
     apply_options(scope, table, "LoKr has no such setting")
     if "apply_preset" in document:
         _read_preset(draft, file, root, document["apply_preset"])

@@ -13,7 +13,8 @@ from reverie_client.prompt_library import parse_prompt_library
 from reverie_client.simpletuner.datasets import Entries, read_entries
 from reverie_client.simpletuner.keys import CONFIG, WEBHOOK
 from reverie_client.simpletuner.keys.adapter import is_lora, is_lycoris
-from reverie_client.simpletuner.keys.validation import draws_pictures
+from reverie_client.simpletuner.keys.objective import timestep_mode
+from reverie_client.simpletuner.keys.validation import NO_EVALUATION, draws_pictures, is_measuring
 from reverie_client.simpletuner.lycoris import read_lycoris
 from reverie_client.simpletuner.names import plain_name
 from reverie_client.simpletuner.plan import DatasetPlan
@@ -31,6 +32,7 @@ from reverie_client.simpletuner.rules import UNSET, Draft, Given, Scope, apply_o
 DATASETS_DEFAULT = "multidatabackend.json"
 LYCORIS_DEFAULT = "config/lycoris_config.json"
 UNKNOWN = "unknown option"
+NO_SIGMOID = "timesteps are drawn in another way, which has no such offset, in SimpleTuner too"
 LATENTS_ONCE = "SimpleTuner draws each latent once and keeps it"
 
 
@@ -118,6 +120,8 @@ def _read_datasets(work: _Import, root: Path) -> Sequence[DatasetPlan]:
         draft=work.draft,
         config={name: given for name, given in work.scope.given.items() if given.value is not None},
         roots=(root, work.folder.path, work.folder.path.parent),
+        unused={} if timestep_mode(work.scope) == "sigmoid" else {"timestep_sampling_offset": NO_SIGMOID},
+        unmeasured="" if is_measuring(work.scope) else NO_EVALUATION,
     )
     read_entries(entries, work.read(path))
     return entries.plans

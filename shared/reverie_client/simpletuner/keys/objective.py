@@ -116,16 +116,30 @@ def _balance(scope: Scope, given: Given) -> None:
 
 def _balance_weight(scope: Scope, given: Given) -> None:
     weight = parse_number(given.value)
-    if weight is None or weight < 0:
-        scope.refuse(given, "it is not a number of 0 or more")
+    if weight is None or weight <= 0:
+        scope.refuse(given, "it is not a number above 0", "switch hidream_use_load_balancing_loss off")
     else:
         scope.honour(
             given, "optimization.load_balancing_loss_weight", float(weight), "default 0.01; in SimpleTuner, none"
         )
 
 
+def _has_segmentation(scope: Scope) -> bool:
+    datasets = scope.draft.document.get("datasets") or []
+    return any(dataset.get("mask_type") == "segmentation" for dataset in datasets)
+
+
 def _rolls_out(scope: Scope) -> bool:
-    return bool(parse_number(scope.value("scheduled_sampling_max_step_offset", 0)))
+    """Whether some sample is ever rolled out."""
+    if timestep_mode(scope) == "mixflow" or not parse_number(scope.value("scheduled_sampling_max_step_offset", 0)):
+        return False
+    names = ("prob_start", "prob_end") if _is_ramped(scope) else ("probability",)
+    defaults = {"prob_end": 0.5}
+    return any(parse_number(scope.value(f"scheduled_sampling_{name}", defaults.get(name, 0))) for name in names)
+
+
+def _is_ramped(scope: Scope) -> bool:
+    return bool(parse_number(scope.value("scheduled_sampling_ramp_steps", 0)))
 
 
 def _sampler(scope: Scope, given: Given) -> None:
@@ -158,6 +172,10 @@ def _offset(scope: Scope, given: Given) -> None:
         scope.refuse(given, "it is not a whole number of 0 or more")
     elif steps == 0:
         scope.ignore(given, "it is off")
+    elif timestep_mode(scope) == "mixflow":
+        scope.refuse(given, "mixflow_enabled makes the input its own way", "set one of both to off")
+    elif not _rolls_out(scope):
+        scope.ignore(given, "the probability is 0, so that nothing is rolled out; SimpleTuner adds a loss all the same")
     elif steps > 10:
         scope.refuse(given, "it is above 10 steps of the inference schedule", "the nearest that works is 10")
     else:
@@ -215,7 +233,11 @@ OBJECTIVE: tuple[Option, ...] = (
         ),
     ),
     number("input_perturbation", "optimization.input_perturbation", low=0.0),
-    number("input_perturbation_steps", "optimization.input_perturbation_steps", low=0, high=1_000_000, is_whole=True),
+    *when(
+        lambda scope: bool(parse_number(scope.value("input_perturbation", 0))),
+        "input_perturbation is 0",
+        (number("input_perturbation_steps", "optimization.input_perturbation_steps", low=0, high=1e6, is_whole=True),),
+    ),
     custom(
         "offset_noise",
         _offset_noise,
@@ -238,7 +260,11 @@ OBJECTIVE: tuple[Option, ...] = (
             refused("noise_offset_probability", "every sample gets the offset", "use 1", off=(1, 1.0, "1", "1.0")),
         ),
     ),
-    number("masked_loss_probability", "optimization.masked_loss_probability", low=0.0, high=1.0),
+    *when(
+        _has_segmentation,
+        "no dataset has masks of conditioning_type segmentation",
+        (number("masked_loss_probability", "optimization.masked_loss_probability", low=0.0, high=1.0),),
+    ),
     number("caption_dropout_probability", "optimization.caption_dropout_probability", low=0.0, high=1.0),
     custom(
         "hidream_use_load_balancing_loss", _balance, "honoured", "optimization.use_load_balancing_loss", LIVE_BALANCE
@@ -259,14 +285,24 @@ OBJECTIVE: tuple[Option, ...] = (
     custom("scheduled_sampling_max_step_offset", _offset, "changed", f"{_ROLLOUT}.max_step_offset", SPACING),
     *when(
         _rolls_out,
-        "scheduled_sampling_max_step_offset is 0",
+        "nothing is rolled out",
         (
-            number("scheduled_sampling_probability", f"{_ROLLOUT}.probability", low=0.0, high=1.0),
-            number("scheduled_sampling_prob_start", f"{_ROLLOUT}.prob_start", low=0.0, high=1.0),
-            number("scheduled_sampling_prob_end", f"{_ROLLOUT}.prob_end", low=0.0, high=1.0),
+            *when(
+                lambda scope: not _is_ramped(scope),
+                "scheduled_sampling_ramp_steps takes its place, in SimpleTuner too",
+                (number("scheduled_sampling_probability", f"{_ROLLOUT}.probability", low=0.0, high=1.0),),
+            ),
             number("scheduled_sampling_ramp_steps", f"{_ROLLOUT}.ramp_steps", low=0, high=1_000_000, is_whole=True),
-            choice("scheduled_sampling_ramp_shape", f"{_ROLLOUT}.ramp_shape", ("linear", "cosine")),
-            number("scheduled_sampling_start_step", f"{_ROLLOUT}.start_step", low=0, high=1_000_000, is_whole=True),
+            *when(
+                _is_ramped,
+                "scheduled_sampling_ramp_steps is 0",
+                (
+                    number("scheduled_sampling_prob_start", f"{_ROLLOUT}.prob_start", low=0.0, high=1.0),
+                    number("scheduled_sampling_prob_end", f"{_ROLLOUT}.prob_end", low=0.0, high=1.0),
+                    choice("scheduled_sampling_ramp_shape", f"{_ROLLOUT}.ramp_shape", ("linear", "cosine")),
+                    number("scheduled_sampling_start_step", f"{_ROLLOUT}.start_step", low=0, high=1e6, is_whole=True),
+                ),
+            ),
             choice("scheduled_sampling_strategy", f"{_ROLLOUT}.strategy", ("uniform", "biased_early", "biased_late")),
             custom(
                 "scheduled_sampling_sampler",

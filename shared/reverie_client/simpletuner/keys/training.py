@@ -1,6 +1,7 @@
 """How long, with which optimiser, at which rate (spec 5.2, 5.4 to 5.8)."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from reverie_common.optimizer_catalogue import (
@@ -193,11 +194,37 @@ def _interval(scope: Scope, given: Given) -> None:
         scope.refuse(given, "it is not a whole number from 0 to 100")
     elif value <= 1:
         scope.ignore(given, "every block is recomputed, which is the default")
+    elif not scope.is_on("gradient_checkpointing", default=True):
+        scope.ignore(given, "gradient_checkpointing is off")
     else:
         scope.honour(given, "memory.gradient_checkpointing_interval", int(value))
 
 
+def _beta(number_of: int) -> Option:
+    path = f"optimization.beta{number_of}"
+    plain = number(f"optimizer_beta{number_of}", path, low=0.0, high=0.999999, aliases=(f"adam_beta{number_of}",))
+
+    def apply(scope: Scope, given: Given) -> None:
+        entry = CATALOGUE.get(str(scope.value("optimizer", DEFAULT_OPTIMIZER)))
+        if entry is not None and entry.betas is None:
+            scope.ignore(given, "the optimiser has none")
+        else:
+            plain.apply(scope, given)
+
+    return replace(plain, apply=apply)
+
+
 def _release(scope: Scope, given: Given) -> None:
+    is_split = (parse_number(scope.value("gradient_accumulation_steps", 1)) or 1) > 1
+    is_norm = scope.value("grad_clip_method") == "norm" and parse_number(scope.value("max_grad_norm", 2.0)) != 0
+    entry = CATALOGUE.get(str(scope.value("optimizer", DEFAULT_OPTIMIZER)))
+    if scope.is_on("optimizer_release_gradients") and (is_split or is_norm):
+        other = "gradient_accumulation_steps" if is_split else "grad_clip_method norm"
+        scope.refuse(given, f"{other} needs all gradients at once", "set one of both to its default")
+        return
+    if scope.is_on("optimizer_release_gradients") and entry is not None and not entry.can_release:
+        scope.refuse(given, "the optimiser needs all gradients at once", "the nearest that works is optimizer adamw")
+        return
     flag(
         "optimizer_release_gradients",
         "optimization.gradient_release",
@@ -226,8 +253,8 @@ TRAINING: tuple[Option, ...] = (
         "see docs/optimizers.md; names that are not offered are refused with the nearest",
         default=DEFAULT_OPTIMIZER,
     ),
-    number("optimizer_beta1", "optimization.beta1", low=0.0, high=0.999999, aliases=("adam_beta1",)),
-    number("optimizer_beta2", "optimization.beta2", low=0.0, high=0.999999, aliases=("adam_beta2",)),
+    _beta(1),
+    _beta(2),
     number("adam_weight_decay", "optimization.weight_decay", low=0.0, aliases=("weight_decay",)),
     custom(
         "optimizer_config",

@@ -33,12 +33,16 @@ def draws_pictures(scope: Scope) -> bool:
     return not scope.is_on("validation_disable")
 
 
-def evaluates(scope: Scope) -> bool:
-    """Whether a loss is measured: an evaluation dataset is there, an interval is given, and nothing says otherwise."""
-    datasets = scope.draft.document.get("datasets") or []
-    has_data = any(dataset.get("role") == "evaluation" for dataset in datasets)
+def is_measuring(scope: Scope) -> bool:
+    """Whether evaluation datasets, if there are any, are measured."""
     has_interval = any(parse_number(scope.value(name)) for name in ("eval_steps_interval", "eval_epoch_interval"))
-    return has_data and has_interval and not scope.is_on("eval_loss_disable")
+    return has_interval and not scope.is_on("eval_loss_disable")
+
+
+def evaluates(scope: Scope) -> bool:
+    """Whether a loss is measured: an evaluation dataset is there too, which the trainer would miss otherwise."""
+    datasets = scope.draft.document.get("datasets") or []
+    return is_measuring(scope) and any(dataset.get("role") == "evaluation" for dataset in datasets)
 
 
 def _resolutions(scope: Scope, given: Given) -> None:
