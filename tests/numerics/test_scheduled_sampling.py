@@ -123,6 +123,37 @@ def test_reflexflow_counts_for_rolled_out_samples_alone(
     assert relative_error(trainee.gradient(), reference.gradient(loss)) < 1e-6
 
 
+def test_reflexflow_keeps_to_the_mask_and_the_loss_of_the_job(
+    make_trainee: Make, make_training_reference: Make, made: Any, relative_error: Error
+) -> None:
+    """What the mask hides teaches a rolled-out sample as little as any other."""
+    reference = make_training_reference()
+    noisy = _expected_inputs(reference, made, "euler")
+    level = made.sigmas.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        clean = reference.velocity((1 - level) * made.latents + level * made.noise, made.sigmas, made.text)
+    velocity, target = reference.velocity(noisy, made.sigmas, made.text), made.noise - made.latents
+    masks = torch.zeros(3, 1, *SIZE, dtype=torch.float64)
+    masks[:, :, 2:7, 3:8] = 1.0
+    losses = []
+    for index, offset in enumerate(OFFSETS):
+        seen = (slice(None), slice(2, 7), slice(3, 8))
+        v, d = velocity[index], noisy[index] - made.latents[index]
+        bend = 2 * (((v - target[index]).square() + 0.2**2).sqrt() - 0.2)
+        bias = (clean[index] - v.detach()).abs()
+        emphasis = 1 + 0.5 * bias / bias.mean() if offset else torch.ones_like(bias)
+        cosine = torch.cosine_similarity(v[seen].flatten(), d[seen].flatten(), dim=0)
+        plain = (emphasis * bend)[seen].mean()
+        losses.append(3.0 * plain + 2.0 * 2 * (1 - cosine) if offset else plain)
+    loss = torch.stack(losses).mean()
+    rollout = _settings(reflexflow=ReflexflowSettings(alpha=0.5, beta1=2.0, beta2=3.0))
+    huber: dict[str, Any] = {"loss_type": "smooth_l1", "huber_c": 0.2, "huber_schedule": "constant"}
+    trainee = make_trainee(rollout=rollout, masked_loss_normalise_area=True, **huber)
+    result = trainee.step.train_step(1, [_batch(made, masks=masks)])
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert relative_error(trainee.gradient(), reference.gradient(loss)) < 1e-6
+
+
 def test_reflexflow_changes_nothing_where_nothing_is_rolled_out(make_trainee: Make, made: Any) -> None:
     asked = make_trainee(rollout=_settings(reflexflow=ReflexflowSettings()))
     plain = make_trainee()

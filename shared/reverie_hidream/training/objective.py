@@ -210,27 +210,34 @@ def rollout_offset(uniform: float, settings: RolloutSettings) -> int:
 
 def reflexflow_losses(
     prediction: torch.Tensor,
-    target: torch.Tensor,
+    losses: torch.Tensor,
     *,
     clean_prediction: torch.Tensor,
     displacement: torch.Tensor,
-    weights: ReflexflowSettings,
+    settings: ReflexflowSettings,
+    weights: torch.Tensor | None = None,
+    by_area: bool = False,
 ) -> torch.Tensor:
     """ReflexFlow's loss of rolled-out samples (spec 9). (B,)
 
-    beta2 * mean((1 + alpha * |bias| / mean |bias|) * (prediction - target)^2) + beta1 * the squared distance of the
-    directions of prediction and displacement, which is 2 (1 - cos). bias is how far the rolled-out input moves the
-    prediction. Divided by its sum instead of its mean, as in other programs, its weight would depend on the number
-    of pixels and vanish.
+    beta2 * mean((1 + alpha * |bias| / mean |bias|) * loss) + beta1 * the squared distance of the directions of
+    prediction and displacement, which is 2 (1 - cos). bias is how far the rolled-out input moves the prediction.
+    Divided by its sum instead of its mean, as in other programs, its weight would depend on the number of pixels and
+    vanish.
 
     Args:
-        prediction: (B, C, h, w), of the rolled-out input. target: the same.
+        prediction: (B, C, h, w), of the rolled-out input.
+        losses: (B, C, h, w), of its pixels.
         clean_prediction: of the input without rolling out, without a gradient.
         displacement: the rolled-out input minus the latents: where the prediction should point.
+        weights: (B, 1, h, w), of the pixels in both terms; see `mean_losses`, as for `by_area`.
     """
-    prediction, target = prediction.flatten(1), target.flatten(1)
-    bias = (clean_prediction.flatten(1) - prediction.detach()).abs()
-    emphasis = bias / bias.mean(dim=1, keepdim=True).clamp(min=torch.finfo(bias.dtype).tiny)
-    velocity = ((1.0 + weights.alpha * emphasis) * (prediction - target).square()).mean(dim=1)
-    directions = functional.normalize(prediction, dim=1) - functional.normalize(displacement.flatten(1), dim=1)
-    return weights.beta2 * velocity + weights.beta1 * directions.square().sum(dim=1)
+    bias = (clean_prediction - prediction.detach()).abs()
+    scale = bias.flatten(1).mean(dim=1).clamp(min=torch.finfo(bias.dtype).tiny).view(-1, 1, 1, 1)
+    velocity = mean_losses((1.0 + settings.alpha * bias / scale) * losses, weights, by_area=by_area)
+    if weights is not None:
+        prediction, displacement = prediction * weights, displacement * weights
+    directions = functional.normalize(prediction.flatten(1), dim=1) - functional.normalize(
+        displacement.flatten(1), dim=1
+    )
+    return settings.beta2 * velocity + settings.beta1 * directions.square().sum(dim=1)

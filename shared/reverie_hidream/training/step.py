@@ -140,7 +140,7 @@ class TrainingStep:
         if batch.masks is not None:
             weights = mask_weights(batch.masks.to(self._device), batch.mask_type, batch.draws.uses_mask)
         means = mean_losses(losses, weights, by_area=objective.masked_loss_normalise_area)
-        return self._reflected(batch, inputs, prediction, target, means)
+        return self._reflected(batch, inputs, prediction, losses, weights, means)
 
     def _inputs(self, batch: Batch) -> _Inputs:
         draws = batch.draws
@@ -186,24 +186,32 @@ class TrainingStep:
             return self._velocity(inputs, inputs.noisy, inputs.sigmas)
 
     def _reflected(
-        self, batch: Batch, inputs: _Inputs, prediction: torch.Tensor, target: torch.Tensor, losses: torch.Tensor
+        self,
+        batch: Batch,
+        inputs: _Inputs,
+        prediction: torch.Tensor,
+        losses: torch.Tensor,
+        weights: torch.Tensor | None,
+        means: torch.Tensor,
     ) -> torch.Tensor:
-        """The losses with ReflexFlow's in the place of those of rolled-out samples, where that is asked for. (B,)"""
-        rollout = self._settings.objective.rollout
+        """The means with ReflexFlow's in the place of those of rolled-out samples, where that is asked for. (B,)"""
+        objective = self._settings.objective
         places = batch.rolled_out
-        if rollout is None or rollout.reflexflow is None or not places:
-            return losses
+        if objective.rollout is None or objective.rollout.reflexflow is None or not places:
+            return means
         plain = noisy_latents(inputs.latents[places], inputs.noise[places], inputs.sigmas[places])
         with torch.no_grad(), _at_rest(self._adapter):
             clean_prediction = self._velocity(inputs, plain, inputs.sigmas[places], places=places)
         reflected = reflexflow_losses(
             prediction[places],
-            target[places],
+            losses[places],
             clean_prediction=clean_prediction,
             displacement=inputs.noisy[places] - inputs.latents[places],
-            weights=rollout.reflexflow,
+            settings=objective.rollout.reflexflow,
+            weights=None if weights is None else weights[places],
+            by_area=objective.masked_loss_normalise_area,
         )
-        return losses.index_copy(0, torch.tensor(places, device=self._device), reflected)
+        return means.index_copy(0, torch.tensor(places, device=self._device), reflected)
 
     def _velocity(
         self,

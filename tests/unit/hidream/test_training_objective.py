@@ -117,8 +117,9 @@ def test_a_mask_by_brightness_always_applies() -> None:
 def test_reflexflow_is_that_of_a_plain_loop() -> None:
     prediction, target = _pair()
     clean, displacement = (tensor.flip(0) * 0.7 for tensor in _pair())
-    weights = ReflexflowSettings(alpha=0.5, beta1=2.0, beta2=3.0)
-    found = reflexflow_losses(prediction, target, clean_prediction=clean, displacement=displacement, weights=weights)
+    settings = ReflexflowSettings(alpha=0.5, beta1=2.0, beta2=3.0)
+    losses = (prediction - target).square()
+    found = reflexflow_losses(prediction, losses, clean_prediction=clean, displacement=displacement, settings=settings)
     for sample in range(3):
         p, t, c, d = (tensor[sample].flatten().tolist() for tensor in (prediction, target, clean, displacement))
         mean_bias = sum(abs(x - y) for x, y in zip(c, p, strict=True)) / len(p)
@@ -129,9 +130,10 @@ def test_reflexflow_is_that_of_a_plain_loop() -> None:
 
 def test_reflexflow_without_a_bias_or_a_direction_is_the_plain_loss() -> None:
     prediction, target = _pair()
-    weights = ReflexflowSettings(alpha=1.0, beta1=0.0, beta2=1.0)
-    found = reflexflow_losses(prediction, target, clean_prediction=prediction, displacement=target, weights=weights)
-    assert found.tolist() == pytest.approx((prediction - target).square().flatten(1).mean(1).tolist())
+    settings = ReflexflowSettings(alpha=1.0, beta1=0.0, beta2=1.0)
+    losses = (prediction - target).square()
+    found = reflexflow_losses(prediction, losses, clean_prediction=prediction, displacement=target, settings=settings)
+    assert found.tolist() == pytest.approx(losses.flatten(1).mean(1).tolist())
 
 
 @pytest.mark.parametrize(
