@@ -47,12 +47,18 @@ StateDir = Annotated[
 ]
 
 
-def connect(address: str | None, state_dir: Path | None = None, *, sampler: str | None = None) -> Reverie:
+def connect(
+    address: str | None,
+    state_dir: Path | None = None,
+    *,
+    sampler: str | None = None,
+    retry_seconds: float = RETRY_SECONDS,
+) -> Reverie:
     """Return the SDK for the services that were named, or that run here. Call it inside an event loop."""
     return Reverie(
         address or local_address("trainer", state_dir) or DEFAULT_ADDRESS,
         sampler=sampler or local_address("sampler", state_dir) or DEFAULT_SAMPLER,
-        policy=CallPolicy(retry_seconds=RETRY_SECONDS),
+        policy=CallPolicy(retry_seconds=retry_seconds),
     )
 
 

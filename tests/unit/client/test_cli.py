@@ -30,6 +30,8 @@ COMMANDS = [
     *[["dataset", name] for name in ("create", "add", "scan", "list", "delete")],
     *[["job", name] for name in ("check", "submit", "watch", "list", "get", "cancel", "resume", "fetch")],
     ["checkpoint", "make-tiny"],
+    *[["import", name] for name in ("simpletuner", "options")],
+    ["configure"],
 ]
 
 
