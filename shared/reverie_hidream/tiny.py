@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,25 +37,49 @@ from reverie_hidream.tiny_decoder import PART as PREVIEW_PART
 from reverie_hidream.tiny_tokenizers import clip_tokenizer, corpus_lines, llama_tokenizer, t5_tokenizer
 from reverie_hidream.tiny_weights import draw_weights, shape_posterior
 
-# Widths all differ, so that a tensor of the wrong encoder cannot fit by accident. They are multiples of 16, as the real
-# ones are: torch's int8 product needs it.
-CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH, LLAMA_WIDTH = 32, 48, 112, 96
-NUM_LLAMA_LAYERS, NUM_DOUBLE_BLOCKS, NUM_SINGLE_BLOCKS = 4, 2, 4
-# A canvas that is not square: 256 tokens, so 65,536 pixels, as 1024 x 1024 is for the released model.
-MAX_RESOLUTION = (16, 64)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyShape:
+    """What may differ between HiDream-shaped checkpoints. By default everything that can be small is.
+
+    Widths all differ, so that a tensor of the wrong encoder cannot fit by accident. By default they are multiples of
+    16, as the real ones are: torch's int8 product needs it.
+    """
+
+    num_double_blocks: int = 2
+    num_single_blocks: int = 4
+    num_heads: int = 4
+    rope_axes: tuple[int, int, int] = (8, 4, 4)
+    """They add up to the width of a head."""
+    num_experts: int = 4
+    num_active_experts: int = 2
+    max_resolution: tuple[int, int] = (16, 64)
+    """The canvas in latent pixels, not square by default: 256 tokens, so 65,536 pixels, as 1024 x 1024 is for the
+    released model."""
+    clip_l_width: int = 32
+    clip_g_width: int = 48
+    t5_width: int = 112
+    llama_width: int = 96
+    num_llama_heads: int = 6
+    num_llama_layers: int = 4
+    llama_layers: tuple[int, ...] = (0, 1, 2, 3, 3, 3)
+    """The layer of Llama that each block reads."""
 
 
-def make_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
+def make_tiny_checkpoint(directory: Path, *, seed: int = 0, shape: TinyShape | None = None) -> Path:
     """Write the checkpoint into the directory, replacing what is there, and return the directory.
 
     Written beside it first and moved into place, so a reader never sees half of one. Takes a few seconds.
+
+    Args:
+        shape: None is the tiny checkpoint of the documentation.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         built = Path(scratch) / "checkpoint"
         with progress_bars_disabled():
-            _pipeline(seed).save_pretrained(built, safe_serialization=True)
+            _pipeline(seed, shape or TinyShape()).save_pretrained(built, safe_serialization=True)
             _save_preview_decoder(seed, built / PREVIEW_PART)
         _name_tokenizer_portably(built)
         if directory.exists():
@@ -63,13 +88,13 @@ def make_tiny_checkpoint(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-def _pipeline(seed: int) -> HiDreamImagePipeline:
+def _pipeline(seed: int, shape: TinyShape) -> HiDreamImagePipeline:
     components: dict[str, nn.Module] = {
-        "text_encoder": CLIPTextModelWithProjection(_clip_config(CLIP_L_WIDTH, positions=248, act="quick_gelu")),
-        "text_encoder_2": CLIPTextModelWithProjection(_clip_config(CLIP_G_WIDTH, positions=218, act="gelu")),
-        "text_encoder_3": T5EncoderModel(_t5_config()),
-        "text_encoder_4": LlamaForCausalLM(_llama_config()),
-        "transformer": _transformer(),
+        "text_encoder": CLIPTextModelWithProjection(_clip_config(shape.clip_l_width, positions=248, act="quick_gelu")),
+        "text_encoder_2": CLIPTextModelWithProjection(_clip_config(shape.clip_g_width, positions=218, act="gelu")),
+        "text_encoder_3": T5EncoderModel(_t5_config(shape)),
+        "text_encoder_4": LlamaForCausalLM(_llama_config(shape)),
+        "transformer": _transformer(shape),
         "vae": _vae(),
     }
     for component, module in components.items():
@@ -113,10 +138,10 @@ def _clip_config(width: int, *, positions: int, act: str) -> CLIPTextConfig:
     )
 
 
-def _t5_config() -> T5Config:
+def _t5_config(shape: TinyShape) -> T5Config:
     return T5Config(
         vocab_size=640,
-        d_model=T5_WIDTH,
+        d_model=shape.t5_width,
         d_kv=16,
         d_ff=128,
         num_layers=2,
@@ -128,13 +153,13 @@ def _t5_config() -> T5Config:
     )
 
 
-def _llama_config() -> LlamaConfig:
+def _llama_config(shape: TinyShape) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=904,
-        hidden_size=LLAMA_WIDTH,
+        hidden_size=shape.llama_width,
         intermediate_size=192,
-        num_hidden_layers=NUM_LLAMA_LAYERS,
-        num_attention_heads=6,
+        num_hidden_layers=shape.num_llama_layers,
+        num_attention_heads=shape.num_llama_heads,
         num_key_value_heads=2,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
@@ -146,24 +171,22 @@ def _llama_config() -> LlamaConfig:
     )
 
 
-def _transformer() -> HiDreamImageTransformer2DModel:
-    num_blocks = NUM_DOUBLE_BLOCKS + NUM_SINGLE_BLOCKS
-    layers = [min(block, NUM_LLAMA_LAYERS - 1) for block in range(num_blocks)]
+def _transformer(shape: TinyShape) -> HiDreamImageTransformer2DModel:
     return HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=NUM_DOUBLE_BLOCKS,
-        num_single_layers=NUM_SINGLE_BLOCKS,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        caption_channels=[T5_WIDTH, LLAMA_WIDTH],
-        text_emb_dim=CLIP_L_WIDTH + CLIP_G_WIDTH,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        axes_dims_rope=(8, 4, 4),
-        max_resolution=MAX_RESOLUTION,
-        llama_layers=layers,
+        num_layers=shape.num_double_blocks,
+        num_single_layers=shape.num_single_blocks,
+        attention_head_dim=sum(shape.rope_axes),
+        num_attention_heads=shape.num_heads,
+        caption_channels=[shape.t5_width, shape.llama_width],
+        text_emb_dim=shape.clip_l_width + shape.clip_g_width,
+        num_routed_experts=shape.num_experts,
+        num_activated_experts=shape.num_active_experts,
+        axes_dims_rope=shape.rope_axes,
+        max_resolution=shape.max_resolution,
+        llama_layers=list(shape.llama_layers),
     )
 
 
