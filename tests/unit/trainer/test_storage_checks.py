@@ -1,15 +1,12 @@
 """embedding_storage: the words that are taken, and the refusal of others."""
 
 import pytest
-from reverie_trainer.jobs.checks.pending import check_pending
 from reverie_trainer.jobs.checks.storage import check_storage
-from reverie_trainer.jobs.spec import JobSpec
 
 
 @pytest.mark.parametrize("storage", ["exact", "compact", "on_demand"])
 def test_takes_every_policy(storage: str) -> None:
     assert not list(check_storage(storage))
-    assert not list(check_pending(JobSpec(embedding_storage=storage)))
 
 
 def test_refuses_another_word_with_the_nearest() -> None:

@@ -15,7 +15,6 @@ from reverie_trainer.jobs.checks.objective import check_objective
 from reverie_trainer.jobs.checks.optimization import check_optimization
 from reverie_trainer.jobs.checks.optimizers import check_ema
 from reverie_trainer.jobs.checks.outlets import check_outlets
-from reverie_trainer.jobs.checks.pending import check_pending
 from reverie_trainer.jobs.checks.rules import JOB_NAME, MAX_PROMPT_CHARACTERS, name, violation
 from reverie_trainer.jobs.checks.storage import check_storage
 from reverie_trainer.jobs.checks.validation import check_validation, picture_size
@@ -40,7 +39,6 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
         *check_outlets(spec),
         *check_storage(spec.embedding_storage),
         *_trigger_words(spec.trigger_words),
-        *check_pending(spec),
     ]
 
 
