@@ -64,54 +64,47 @@ class Trainer:
             encoders=tuple(EncoderClient(address) for address in settings.encoders), vae=VaeClient(settings.vae)
         )
         datasets = Datasets(self._database, store)
-        preparer = Preparer(
-            services=self._services,
-            datasets=datasets,
-            store=store,
-            max_pixels=config.max_pixels,
-            patience_seconds=settings.patience_seconds,
-            progress_seconds=settings.progress_seconds,
-        )
-        self._reconciler = Reconciler(self._database, preparer, _limits(settings))
-        importer = Importer(
-            datasets=datasets,
-            store=store,
-            source_buckets=settings.source_buckets,
-            source_hosts=settings.source_hosts,
-        )
-        inspector = ImageInspector(self._services.vae, settings.patience_seconds)
-        starts = Starts(database=self._database, store=store)
+        self._reconciler = Reconciler(self._database, self._preparer(datasets, config), _limits(settings))
         outlets = _outlet_factory(settings, store, self._database)
         self._outlets = Dispatcher(self._database, outlets.make)
         self._sampler = SamplerRequirements(settings.sampler)
+        starts = Starts(database=self._database, store=store)
         encoders = EncoderRequirements(self._services.encoders)
         further = [starts.check, outlets.check, encoders.check, self._sampler.check]
         examiner = Examiner(
             self._database, datasets, self._services, config, further, [self._sampler.notices], encoder_configs
         )
         self.server = Server(
-            [
-                ServedService(
-                    name=f"{_PACKAGE}.TrainingService",
-                    add_to_server=training_pb2_grpc.add_TrainingServiceServicer_to_server,
-                    servicer=TrainingServicer(self._database, store, examiner, starts),
-                ),
-                ServedService(
-                    name=f"{_PACKAGE}.DatasetService",
-                    add_to_server=training_pb2_grpc.add_DatasetServiceServicer_to_server,
-                    servicer=DatasetServicer(datasets, store, inspector, importer),
-                ),
-                ServedService(
-                    name=f"{_PACKAGE}.WorkerService",
-                    add_to_server=training_pb2_grpc.add_WorkerServiceServicer_to_server,
-                    servicer=WorkerServicer(self._database, store, self._reconciler, settings.lease_seconds),
-                ),
-            ],
+            _served(
+                TrainingServicer(self._database, store, examiner, starts),
+                self._dataset_servicer(datasets),
+                WorkerServicer(self._database, store, self._reconciler, settings.lease_seconds),
+            ),
             settings,
             load=self._load,
             begin_drain=self._begin_drain,
             stop=self._stop,
         )
+
+    def _preparer(self, datasets: Datasets, config: TransformerConfig) -> Preparer:
+        return Preparer(
+            services=self._services,
+            datasets=datasets,
+            store=self._store,
+            max_pixels=config.max_pixels,
+            patience_seconds=self._settings.patience_seconds,
+            progress_seconds=self._settings.progress_seconds,
+        )
+
+    def _dataset_servicer(self, datasets: Datasets) -> DatasetServicer:
+        importer = Importer(
+            datasets=datasets,
+            store=self._store,
+            source_buckets=self._settings.source_buckets,
+            source_hosts=self._settings.source_hosts,
+        )
+        inspector = ImageInspector(self._services.vae, self._settings.patience_seconds)
+        return DatasetServicer(datasets, self._store, inspector, importer)
 
     async def _load(self) -> None:
         await asyncio.to_thread(self._store.check)
@@ -156,6 +149,26 @@ async def make_server(settings: TrainerSettings) -> Server:
     config = await asyncio.to_thread(read_transformer_config, settings.checkpoint, store)
     encoder_configs = await asyncio.to_thread(read_encoder_configs, settings.checkpoint, store)
     return Trainer(settings, store, config, encoder_configs).server
+
+
+def _served(training: TrainingServicer, datasets: DatasetServicer, workers: WorkerServicer) -> list[ServedService]:
+    return [
+        ServedService(
+            name=f"{_PACKAGE}.TrainingService",
+            add_to_server=training_pb2_grpc.add_TrainingServiceServicer_to_server,
+            servicer=training,
+        ),
+        ServedService(
+            name=f"{_PACKAGE}.DatasetService",
+            add_to_server=training_pb2_grpc.add_DatasetServiceServicer_to_server,
+            servicer=datasets,
+        ),
+        ServedService(
+            name=f"{_PACKAGE}.WorkerService",
+            add_to_server=training_pb2_grpc.add_WorkerServiceServicer_to_server,
+            servicer=workers,
+        ),
+    ]
 
 
 def _database_url(settings: TrainerSettings) -> str:
