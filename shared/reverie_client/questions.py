@@ -7,7 +7,7 @@ from typing import Any
 
 from reverie_common.optimizer_catalogue import CATALOGUE, UnknownOptimizerError, find_optimizer
 
-from reverie_client.simpletuner.names import plain_name
+from reverie_client.names import plain_name
 from reverie_client.simpletuner.rules import parse_flag, parse_number
 
 Answers = Mapping[str, Any]

@@ -18,8 +18,8 @@ from rich.markup import escape
 from reverie_client.cli.connection import Address, connect, run
 from reverie_client.cli.console import EXIT_INVALID, OutputFormat, print_json, stderr, stdout
 from reverie_client.documents import parse
+from reverie_client.job_text import job_text
 from reverie_client.questions import QUESTIONS, Question, job_of
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.specs import parse_job_spec
 
 DEFAULT_FILE = Path("job.yaml")

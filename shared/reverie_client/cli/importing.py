@@ -19,8 +19,8 @@ from reverie_client.cli.progress import TransferBar
 from reverie_client.client import Reverie
 from reverie_client.folder import LocalFolder
 from reverie_client.hub import HubSource
+from reverie_client.job_text import job_text
 from reverie_client.simpletuner import DatasetPlan, Imported, Outcome, import_configuration
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.simpletuner.reading import parse_json
 from reverie_client.simpletuner.table import options_as_json, options_table
 from reverie_client.specs import parse_job_spec

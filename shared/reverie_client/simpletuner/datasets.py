@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reverie_client.names import plain_name, unique_name
 from reverie_client.simpletuner.keys.data import FALLBACKS
 from reverie_client.simpletuner.keys.dataset import BACKEND_KEYS, CACHE_BACKEND, DATASET, strategy
-from reverie_client.simpletuner.names import plain_name, unique_name
 from reverie_client.simpletuner.plan import DatasetPlan
 from reverie_client.simpletuner.rules import (
     Draft,

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import Descriptor
 from reverie.training.v1.job_pb2 import TrainingJobSpec
 from reverie_common.errors import InvalidArgumentError
 
+from reverie_client.names import plain_name
 from reverie_client.prompt_library import parse_prompt_library
 from reverie_client.simpletuner.datasets import Entries, read_entries
 from reverie_client.simpletuner.keys import CONFIG, WEBHOOK
@@ -16,7 +17,6 @@ from reverie_client.simpletuner.keys.adapter import is_lora, is_lycoris
 from reverie_client.simpletuner.keys.objective import timestep_mode
 from reverie_client.simpletuner.keys.validation import NO_EVALUATION, draws_pictures, is_measuring
 from reverie_client.simpletuner.lycoris import read_lycoris
-from reverie_client.simpletuner.names import plain_name
 from reverie_client.simpletuner.plan import DatasetPlan
 from reverie_client.simpletuner.reading import (
     ConfigFolder,

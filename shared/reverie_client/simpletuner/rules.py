@@ -6,7 +6,7 @@ A rule looks at one given value, writes into the draft of the job, and records e
 import difflib
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -144,6 +144,8 @@ class Option:
     field: str = ""
     """Where it goes."""
     note: str = ""
+    values: str = ""
+    """What is taken, for the docs."""
     aliases: tuple[str, ...] = ()
     default: Any = UNSET
     """SimpleTuner's default where Reverie's is another."""
@@ -209,7 +211,29 @@ def number(
         else:
             scope.honour(given, path, value, note)
 
-    return Option(name=name, apply=apply, outcome=outcome, field=path, note=note, aliases=aliases, default=default)
+    return Option(
+        name=name,
+        apply=apply,
+        outcome=outcome,
+        field=path,
+        note=note,
+        values=_range(low, high),
+        aliases=aliases,
+        default=default,
+    )
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return ""
+    return f"from {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
+
+
+def words(names: Iterable[str], without: Mapping[str, str] | None = None) -> str:
+    """Return names as the docs list them, and which are refused."""
+    taken = ", ".join(f"`{name}`" for name in names)
+    left_out = ", ".join(f"`{name}`" for name in without or ())
+    return f"{taken}; refused: {left_out}" if left_out else taken
 
 
 def text(name: str, path: str, note: str = "", *, default: Any = UNSET) -> Option:
@@ -234,20 +258,28 @@ def choice(
     default: Any = UNSET,
 ) -> Option:
     """One of several words, by what they are called here; `refused` says of others why not and what works."""
-    words = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
+    known = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
 
     def apply(scope: Scope, given: Given) -> None:
         word = str(given.value).strip()
-        if word in words:
-            scope.honour(given, path, words[word], note)
+        if word in known:
+            scope.honour(given, path, known[word], note)
         elif refused is not None and word in refused:
             scope.refuse(given, refused[word])
         else:
-            near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.3)
-            nearest = f"the nearest is {near[0]}" if near else f"use one of {', '.join(words)}"
+            near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.3)
+            nearest = f"the nearest is {near[0]}" if near else f"use one of {', '.join(known)}"
             scope.refuse(given, f"there is no {word!r}", nearest)
 
-    return Option(name=name, apply=apply, outcome="honoured", field=path, note=note, default=default)
+    return Option(
+        name=name,
+        apply=apply,
+        outcome="honoured",
+        field=path,
+        note=note,
+        values=words(known, refused),
+        default=default,
+    )
 
 
 def ignored(name: str, reason: str, *, aliases: tuple[str, ...] = ()) -> Option:

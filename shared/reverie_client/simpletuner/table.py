@@ -41,7 +41,7 @@ def _row(option: Option) -> tuple[str, str, str, str]:
 
 
 def _notes(option: Option) -> str:
-    parts = [option.note]
+    parts = [option.values, option.note]
     if option.default is not UNSET:
         parts.append(f"where it is missing, {_shown_default(option)} is written")
     return "; ".join(part for part in parts if part)

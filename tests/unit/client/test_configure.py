@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from reverie_client.cli.app import app
+from reverie_client.job_text import job_text
 from reverie_client.questions import QUESTIONS, job_of
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.specs import load_job_spec, parse_job_spec
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.spec import spec_from_proto

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from reverie_client.simpletuner.names import plain_name
+from reverie_client.names import plain_name
 from reverie_client.simpletuner.rules import (
     UNSET,
     Given,

@@ -1,10 +1,16 @@
 """The model and the precision of its parts (spec 5.2, 5.3)."""
 
-from reverie_client.simpletuner.precisions import BASE_PRECISIONS, ENCODER_PRECISIONS, nearest_precision
-from reverie_client.simpletuner.rules import UNSET, Given, Option, Scope, choice, custom, flag, ignored, refused
+from collections.abc import Sequence
+
+from reverie_client.simpletuner.precisions import BASE_PRECISIONS, ENCODER_PRECISIONS, NEAREST, nearest_precision
+from reverie_client.simpletuner.rules import UNSET, Given, Option, Scope, choice, custom, flag, ignored, refused, words
 
 ENCODERS = {1: "clip_l", 2: "clip_g", 3: "t5", 4: "llama"}
 CHECKPOINT = "the weights are those of the services: `reverie up --checkpoint PLACE`"
+
+
+def _without(allowed: Sequence[str]) -> dict[str, str]:
+    return {name: nearest for name, nearest in NEAREST.items() if name not in allowed}
 
 
 def _family(scope: Scope, given: Given) -> None:
@@ -34,8 +40,9 @@ def _encoder(number: int) -> Option:
         else:
             scope.refuse(given, f"{name!r} cannot hold an encoder", nearest_precision(name, ENCODER_PRECISIONS))
 
+    also = words(ENCODER_PRECISIONS[len(BASE_PRECISIONS) :])
     return custom(
-        f"text_encoder_{number}_precision", apply, "honoured", path, "start the encoders with `--precision` to match"
+        f"text_encoder_{number}_precision", apply, "honoured", path, f"those of base_model_precision, and {also}"
     )
 
 
@@ -70,7 +77,7 @@ MODEL: tuple[Option, ...] = (
         _base_precision,
         "honoured",
         "model.base_precision",
-        "names that do not exist here are refused with the nearest; see docs/quantisation.md",
+        f"{words(BASE_PRECISIONS, _without(BASE_PRECISIONS))}, each with the nearest that works",
     ),
     *(_encoder(number) for number in ENCODERS),
     custom(

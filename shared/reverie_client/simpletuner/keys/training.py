@@ -6,6 +6,7 @@ from typing import Any
 
 from reverie_common.optimizer_catalogue import (
     CATALOGUE,
+    REFUSED,
     OptimizerOptionError,
     UnknownOptimizerError,
     find_optimizer,
@@ -25,7 +26,10 @@ from reverie_client.simpletuner.rules import (
     parse_number,
     refused,
     when,
+    words,
 )
+
+REFUSED_OPTIMIZERS = {name: nearest for name, (_, nearest) in REFUSED.items()}
 
 UNCLIPPED = ("optimi-stableadamw", "prodigy")
 """Optimisers for which SimpleTuner leaves clipping out."""
@@ -250,7 +254,7 @@ TRAINING: tuple[Option, ...] = (
         _optimizer,
         "honoured",
         "optimization.optimizer",
-        "see docs/optimizers.md; names that are not offered are refused with the nearest",
+        f"{words(CATALOGUE, REFUSED_OPTIMIZERS)}, and deepspeed-*, each with the nearest that works",
         default=DEFAULT_OPTIMIZER,
     ),
     _beta(1),

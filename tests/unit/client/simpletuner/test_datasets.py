@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reverie_client.job_text import job_text
 from reverie_client.simpletuner import Imported, Outcome, ReportLine
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.specs import parse_job_spec
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.spec import spec_from_proto

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from reverie_client.job_text import job_text
 from reverie_client.simpletuner import Imported, Outcome, ReportLine
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.simpletuner.keys import CONFIG
 from reverie_client.simpletuner.precisions import BASE_PRECISIONS, ENCODER_PRECISIONS, NEAREST
 from reverie_client.specs import parse_job_spec

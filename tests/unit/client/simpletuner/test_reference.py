@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from reverie_client.job_text import job_text
 from reverie_client.simpletuner import Imported, Outcome, import_configuration
-from reverie_client.simpletuner.job_text import job_text
 from reverie_client.specs import parse_job_spec
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.spec import spec_from_proto
