@@ -154,12 +154,12 @@ def _read_pictures(entries: Entries, entry: Mapping[str, Any], prefix: str, labe
     scope.root = "datasets[]."
     scope.fields = {"dataset": name}
     inherited = {key: entries.config[key] for key in FALLBACKS if key in entries.config and scope.value(key) is None}
+    _take_masks(entries, scope)
     own, scope.given = scope.given, {**inherited, **scope.given}
     _apply_inherited(scope, inherited)
     table = [ignored(each.name, entries.unused[each.name]) if each.name in entries.unused else each for each in ENTRY]
     apply_given(scope, own, table, UNKNOWN)
     apply_defaults(scope, ENTRY)
-    _take_masks(entries, scope)
     entries.draft.document["datasets"].append(scope.fields)
     plan = _plan(entries, scope, name, label)
     if plan is not None:
@@ -179,7 +179,13 @@ def _apply_inherited(scope: Scope, inherited: Mapping[str, Given]) -> None:
 def _take_masks(entries: Entries, scope: Scope) -> None:
     masks = entries.by_id.get(str(scope.value("conditioning_data", "")), {})
     kind = MASKS.get(str(masks.get("conditioning_type")))
-    if scope.fields is not None and masks and not _is_disabled(masks) and kind is not None:
+    if (
+        scope.fields is not None
+        and masks
+        and not _is_disabled(masks)
+        and kind is not None
+        and scope.value("type", "local") == "local"
+    ):
         scope.fields["mask_type"] = kind
 
 

@@ -30,6 +30,14 @@ STRATEGIES = {
     "csv": "captions",
     "huggingface": "captions",
 }
+READABLE = {
+    "local": ("textfile", "filename", "instanceprompt", "parquet", "csv"),
+    "aws": ("textfile", "filename", "instanceprompt"),
+    "huggingface": ("huggingface", "instanceprompt"),
+    "csv": ("csv", "instanceprompt"),
+}
+"""Caption strategies by where the pictures are."""
+
 LISTED = ("random", "closest")
 CLIPPED_CROP = "without crop, pictures are brought to the nearest aspect"
 
@@ -59,6 +67,11 @@ def _strategy(scope: Scope, given: Given) -> None:
     word = str(given.value)
     if word not in STRATEGIES:
         scope.refuse(given, f"there is no {word!r}", f"use one of {', '.join(STRATEGIES)}")
+    elif word not in READABLE.get(str(scope.value("type", "local")), STRATEGIES):
+        kind = str(scope.value("type", "local"))
+        scope.refuse(
+            given, f"captions of pictures of type {kind} are not read so", f"use {' or '.join(READABLE[kind])}"
+        )
     elif scope.is_on("only_instance_prompt") and word != "instanceprompt":
         scope.ignore(given, "only_instance_prompt comes before it")
     elif word == "instanceprompt" and is_off(scope.value("instance_prompt")):
@@ -303,6 +316,17 @@ def _type(scope: Scope, given: Given) -> None:
         scope.refuse(given, f"pictures cannot be read from {given.value!r}", "download them, and use local")
 
 
+def _masks(scope: Scope, given: Given) -> None:
+    if is_off(given.value):
+        scope.ignore(given, "it is empty")
+    elif scope.value("type", "local") != "local":
+        scope.refuse(given, "masks are uploaded with their pictures", "use type local for both")
+    elif scope.fields is not None and "mask_type" in scope.fields:
+        scope.honour(given, "mask_type", scope.fields["mask_type"], "the masks are uploaded with the pictures")
+    else:
+        scope.refuse(given, "it names no entry of masks that is used", "see conditioning_type of that entry")
+
+
 def _region(scope: Scope, given: Given) -> None:
     scope.ignore(given, "the trainer reads buckets of its own store, with its own key")
 
@@ -312,7 +336,7 @@ BACKEND_KEYS: tuple[Option, ...] = (
     _planned("instance_data_dir", "the folder of pictures, below --dataset-root"),
     _planned("metadata_backend", "pictures are looked at when they are added; captions of parquet are read then"),
     _planned("parquet", "captions are read when the pictures are uploaded"),
-    _planned("conditioning_data", "the masks of the pictures, uploaded with them"),
+    custom("conditioning_data", _masks, "honoured", "mask_type", "the masks of the pictures, uploaded with them"),
     _planned("conditioning_type", "`mask` or `segmentation`; others are refused"),
     _planned("aws_bucket_name", "the bucket"),
     _planned("aws_data_prefix", "the folder in the bucket"),

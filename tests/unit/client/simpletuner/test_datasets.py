@@ -67,6 +67,15 @@ def test_fields_arrive(bring: Bring, more: dict[str, Any], field: str, expected:
 
 REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"type": "webshart"}, "type", "local"),
+    (
+        {"type": "aws", "aws_bucket_name": "b", "caption_strategy": "parquet"},
+        "caption_strategy",
+        "textfile or filename",
+    ),
+    ({"type": "csv", "csv_file": "l.csv", "caption_strategy": "filename"}, "caption_strategy", "csv"),
+    ({"caption_strategy": "huggingface"}, "caption_strategy", "textfile"),
+    ({"conditioning_data": "nowhere"}, "conditioning_data", "conditioning_type"),
+    ({"type": "aws", "aws_bucket_name": "b", "conditioning_data": "m"}, "conditioning_data", "local"),
     ({"dataset_type": "video"}, "dataset_type", "image"),
     ({"crop": True, "crop_style": "face"}, "crop_style", "center"),
     ({"caption_strategy": "tags"}, "caption_strategy", "textfile"),
