@@ -139,8 +139,19 @@ class _Reader:
                 near = _nearest(key, descriptor)
                 self.suspects.update(_join(path, name) for name in near)
                 self.refuse(_join(path, key), _unknown(key, near, descriptor))
-            elif entry is not None:
+            elif entry is not None and not self.is_second_kind(message, field, path):
                 self.set_field(message, field, entry, _join(path, key))
+
+    def is_second_kind(self, message: Message, field: FieldDescriptor, path: str) -> bool:
+        """Refuse the second of several fields that exclude each other; protobuf would drop the first in silence."""
+        group = field.containing_oneof
+        # An `optional` field is a group of its own.
+        if group is None or len(group.fields) == 1:
+            return False
+        first = message.WhichOneof(group.name)
+        if first is not None:
+            self.refuse(_join(path, field.name), f"{_join(path, first)} is given too; remove one of both")
+        return first is not None
 
     def set_field(self, message: Message, field: FieldDescriptor, value: Any, path: str) -> None:
         """Set one field, whatever its kind."""

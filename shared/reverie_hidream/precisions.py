@@ -69,7 +69,7 @@ BASE_PRECISIONS = tuple(name for name, precision in PRECISIONS.items() if precis
 ENCODER_PRECISIONS = tuple(PRECISIONS)
 """For a model that only computes: text encoders, and the sampler's transformer."""
 
-_NO_BACKWARD = "it quantises activations too, and its kernels have no backward, so no adapter can be trained on it"
+_NO_BACKWARD = "its kernels have no backward, so no adapter can be trained on it"
 _SDNQ = "it is a format of SDNQ, which Reverie does not use"
 
 REFUSED: Mapping[str, tuple[str, str]] = {

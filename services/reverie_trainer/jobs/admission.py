@@ -106,6 +106,8 @@ def _select(config: TransformerConfig, adapter: Adapter) -> tuple[AdapterSelecti
         kind = "lokr" if isinstance(adapter, LokrAdapter) else "lycoris"
         field = f"adapter.{kind}.apply_preset"
         remedy = "use target_module [Attention] or name_algo_map patterns such as 'double_stream_blocks.*.block.attn*'"
+        if isinstance(adapter, LokrAdapter | LycorisAdapter) and adapter.apply_preset.exclude_name:
+            remedy += f", or take something off exclude_name {list(adapter.apply_preset.exclude_name)}"
     description = f"{what} matches no Linear layer of the model, so nothing would be trained; {remedy}"
     return selection, [FieldViolation(field=field, description=description)]
 

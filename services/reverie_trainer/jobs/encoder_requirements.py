@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from reverie.encoder.v1 import encoder_pb2
 from reverie_common.errors import FieldViolation, ReverieError
+from reverie_hidream.precisions import refusal
 
 from reverie_trainer.jobs.failures import JobFailedError
 from reverie_trainer.jobs.services import ENCODER_NAMES, EncoderClient
@@ -48,7 +49,8 @@ def unmet(wanted: Mapping[str, str], held: Iterable[encoder_pb2.EncoderDescripti
             ),
         )
         for name, precision in wanted.items()
-        if name in precisions and precisions[name] != precision
+        # A precision that no service could be started with is refused by itself.
+        if name in precisions and precisions[name] != precision and refusal(precision, is_trained_on=False) is None
     ]
 
 

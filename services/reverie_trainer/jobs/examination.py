@@ -16,7 +16,14 @@ from reverie_common.errors import FieldViolation, ReverieError
 
 from reverie_trainer.jobs.adapter_selection import TransformerConfig
 from reverie_trainer.jobs.admission import Admission, describe_plan, examine, warnings_of
-from reverie_trainer.jobs.buckets import Bucket, count_buckets, describe_underfilled, epoch_clock, with_max_steps
+from reverie_trainer.jobs.buckets import (
+    Bucket,
+    count_buckets,
+    describe_empty,
+    describe_underfilled,
+    epoch_clock,
+    with_max_steps,
+)
 from reverie_trainer.jobs.database import Database
 from reverie_trainer.jobs.datasets import Datasets
 from reverie_trainer.jobs.estimate import count_prompts, epoch_steps, seconds_per_step
@@ -143,6 +150,8 @@ class Examiner:
                     ]
                     shapes = [(plan.width, plan.height) for plan in plans if isinstance(plan, ImagePlan)]
                     buckets += count_buckets(index, choice, shapes)
+                    if not shapes:
+                        problems.append(f"WARNING: {describe_empty(choice.dataset, len(samples))}")
         except (JobFailedError, ReverieError, TimeoutError) as error:
             logger.info("images are not opened for a check: %s", error)
             return None, []

@@ -99,3 +99,20 @@ async def test_plan_warns_of_broken_images_and_of_buckets_that_fill_no_step(trai
     plan = "\n".join(checked.plan)
     assert "003.png cannot be used: the file ends early" in plan
     assert "Minimum repeats required: 1" in plan
+
+
+async def test_plan_says_when_a_dataset_has_nothing_left(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("all-small", CATS)
+    spec = make_spec("all-small")
+    spec.datasets[0].minimum_image_size = 4000
+    checked = await check(trainer, spec)
+    assert not checked.violations
+    assert "WARNING: no images detected in dataset 'all-small'; all 3 images were rejected" in checked.plan
+
+
+async def test_a_selection_that_excludes_everything_says_so(trainer: Any, make_spec: Any) -> None:
+    await trainer.add_dataset("excluded", CATS)
+    spec = make_spec("excluded")
+    spec.adapter.lokr.apply_preset.exclude_name.append("*")
+    found = {violation.field: violation.description for violation in (await check(trainer, spec)).violations}
+    assert "take something off exclude_name ['*']" in found["adapter.lokr.apply_preset"]

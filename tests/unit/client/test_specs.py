@@ -40,6 +40,13 @@ def test_an_empty_message_is_present() -> None:
     assert parse_job_spec("adapter: {lokr: {}}").adapter.WhichOneof("kind") == "lokr"
 
 
+def test_a_second_kind_of_adapter_is_refused() -> None:
+    found = violations_of("adapter: {lokr: {factor: 4}, lora: {rank: 4}}")
+    assert found == {"adapter.lora": "adapter.lokr is given too; remove one of both"}
+    spec = parse_job_spec("adapter: {lokr: null, lora: {rank: 4, alpha: 2}}")
+    assert (spec.adapter.lora.rank, spec.adapter.lora.alpha) == (4, 2)
+
+
 def test_takes_numbers_and_booleans_as_strings() -> None:
     spec = parse_job_spec(
         """

@@ -34,7 +34,8 @@ ASPECTS = (CropAspect(aspect=1.0, weight=0.25), CropAspect(aspect=1.5, weight=0.
         {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": ASPECTS},
         {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": (CropAspect(aspect=1.5),)},
         {"minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2.0, "max_upscale_threshold": 2.0},
-        {"max_num_samples": 10, "probability": 0.5, "repeats": 1000, "role": "regularisation"},
+        {"max_num_samples": 10, "probability": 0.5, "repeats": 1000},
+        {"caption_strategy": "filename", "instance_prompt": "sks", "prepend_instance_prompt": True},
         {"caption_strategy": "instanceprompt", "instance_prompts": ("a", "b"), "caption_shuffle": True},
         {"instance_prompt": "sks", "prepend_instance_prompt": True},
         {"mask_type": "segmentation", "timestep_sampling_offset": -0.5},
@@ -96,6 +97,8 @@ def test_what_has_a_meaning_is_accepted(changes: dict[str, object]) -> None:
             "prepend_instance_prompt",
             "no meaning",
         ),
+        ({"caption_strategy": "filename", "instance_prompt": "a"}, "instance_prompt", "it would do nothing"),
+        ({"caption_strategy": "filename", "instance_prompts": ("a", "b")}, "instance_prompts", "it would do nothing"),
         ({"instance_prompt": "a", "instance_prompts": ("b",)}, "instance_prompts", "give one of both"),
         ({"instance_prompts": (" ",)}, "instance_prompts[0]", "blank"),
         ({"probability": 0.0}, "probability", "above 0"),
@@ -113,6 +116,15 @@ def test_what_has_none_is_refused(changes: dict[str, object], field: str, words:
 
 def test_face_says_what_to_do_instead() -> None:
     assert "use center" in one(crop_style="face")["datasets[0].crop_style"]
+
+
+def test_there_must_be_something_to_learn() -> None:
+    others = DatasetChoice(dataset="others", role="regularisation")
+    held_out = DatasetChoice(dataset="held-out", role="evaluation")
+    assert "for regularisation, where a new adapter's loss is 0" in found(others)["datasets"]
+    assert "for evaluation; give one with role train" in found(held_out, evaluation=Evaluation())["datasets"]
+    assert "give one with role train" in found(others, held_out, evaluation=Evaluation())["datasets"]
+    assert found(DatasetChoice(dataset="cats"), others) == {}
 
 
 def test_steps_without_a_dataset_are_refused() -> None:

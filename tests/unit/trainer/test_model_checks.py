@@ -100,6 +100,8 @@ OTHER_T5 = encoder_pb2.EncoderDescription(encoder=encoder_pb2.ENCODER_T5, precis
 def test_an_encoder_held_as_wanted_is_enough() -> None:
     assert unmet({"t5": "int8-quanto"}, [T5]) == []
     assert unmet({}, [OTHER_T5]) == []
+    # Nobody is told to start a service with a name that it would refuse.
+    assert unmet({"t5": "int8"}, [T5]) == []
     # Preparation names encoders that nobody holds.
     assert unmet({"llama": "nf4-bnb"}, [T5]) == []
 

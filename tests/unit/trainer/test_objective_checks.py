@@ -37,7 +37,10 @@ def rollout(**changes: object) -> dict[str, str]:
         violations(input_perturbation=0.1, input_perturbation_steps=100, offset_noise=0.05),
         violations(use_load_balancing_loss=True, load_balancing_loss_weight=0.1),
         rollout(),
-        rollout(probability=0, ramp_steps=100, prob_end=0.3, ramp_shape="cosine", start_step=10),
+        rollout(probability=0, ramp_steps=100, prob_end=0.3, ramp_shape="cosine", start_step=4),
+        # Roll-outs walk along the shifted schedule even here.
+        violations(timestep_sampling="fast", flow_schedule_shift=2, scheduled_sampling=ROLLOUT),
+        rollout(probability=0, prob_start=0.1, ramp_steps=10, start_step=100),
         rollout(sampler="heun", strategy="biased_late", reflexflow={"beta1": 1.0}),
     ],
 )
@@ -68,6 +71,12 @@ def test_takes_everything_that_works(found: dict[str, str]) -> None:
         (violations(timestep_sampling="mixflow", mixflow_gamma=1.5), "mixflow_gamma", "at most 1"),
         (violations(flow_schedule_shift=0), "flow_schedule_shift", "above 0"),
         (violations(flow_schedule_auto_shift=True, flow_schedule_shift=2), "flow_schedule_shift", "takes its place"),
+        (violations(timestep_sampling="fast", flow_schedule_shift=2), "flow_schedule_shift", "not shifted"),
+        (
+            violations(timestep_sampling="custom", flow_custom_timesteps=[0.5], flow_schedule_auto_shift=True),
+            "flow_schedule_auto_shift",
+            "choose another mode",
+        ),
         (violations(loss_type="huger"), "loss_type", "did you mean 'huber'"),
         (violations(huber_c=0.2), "huber_c", "loss_type is 'l2'"),
         (violations(loss_type="huber", huber_c=0), "huber_c", "above 0"),
@@ -100,6 +109,12 @@ def test_takes_everything_that_works(found: dict[str, str]) -> None:
             "scheduled_sampling.prob_end",
             "rolls nothing out",
         ),
+        (
+            rollout(probability=0, ramp_steps=10, start_step=5),
+            "scheduled_sampling.start_step",
+            "after the last of max_steps 5",
+        ),
+        (rollout(reflexflow={"beta1": 0, "beta2": 0}), "scheduled_sampling.reflexflow", "raise one of them"),
         (rollout(strategy="early"), "scheduled_sampling.strategy", "did you mean 'biased_early'"),
         (rollout(sampler="unipc"), "scheduled_sampling.sampler", "euler, heun"),
         (rollout(num_inference_steps=3), "scheduled_sampling.num_inference_steps", "4 to 200"),

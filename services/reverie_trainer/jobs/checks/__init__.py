@@ -32,7 +32,7 @@ def check_spec(spec: JobSpec) -> list[FieldViolation]:
         *check_adapter(spec),
         *check_optimization(spec.optimization),
         *check_objective(spec),
-        *(check_ema(spec.ema) if spec.ema is not None else ()),
+        *(check_ema(spec.ema, spec.optimization.max_steps) if spec.ema is not None else ()),
         *(check_validation(spec.validation) if spec.validation is not None else ()),
         *check_evaluation(spec),
         *check_checkpoints(spec.checkpoints),

@@ -17,7 +17,8 @@ RESOLUTION_TYPES = ("pixel_area", "area", "pixel")
 CROP_STYLES = ("center", "corner", "random")
 CROP_ASPECTS = ("square", "preserve", "random", "closest")
 CAPTION_STRATEGIES = ("captions", "filename", "instanceprompt")
-ROLES = ("train", "regularisation", EVALUATION)
+REGULARISATION = "regularisation"
+ROLES = ("train", REGULARISATION, EVALUATION)
 MASK_TYPES = ("none", "mask", "segmentation")
 SAMPLINGS = ("auto", "uniform")
 
@@ -50,6 +51,7 @@ def check_datasets(spec: JobSpec) -> Iterator[FieldViolation]:
     yield from one_of("dataset_sampling", spec.dataset_sampling, SAMPLINGS)
     yield from between("aspect_bucket_rounding", spec.aspect_bucket_rounding, 1, 9, "decimals")
     yield from _length(spec)
+    yield from _roles(spec)
     yield from _coverage(spec)
 
 
@@ -142,6 +144,13 @@ def _captions(path: str, choice: DatasetChoice) -> Iterator[FieldViolation]:
         yield violation(f"{path}.instance_prompt", "it is missing; caption_strategy 'instanceprompt' reads it alone")
     if choice.prepend_instance_prompt and not has_prompt:
         yield violation(f"{path}.instance_prompt", "it is missing; prepend_instance_prompt puts it before each caption")
+    if has_prompt and choice.caption_strategy == "filename" and not choice.prepend_instance_prompt:
+        field = "instance_prompts" if choice.instance_prompts else "instance_prompt"
+        yield violation(
+            f"{path}.{field}",
+            "it would do nothing: with caption_strategy 'filename' every picture has a caption; leave it out, set "
+            "prepend_instance_prompt, or take caption_strategy 'instanceprompt'",
+        )
     if choice.prepend_instance_prompt and choice.caption_strategy == "instanceprompt":
         yield violation(
             f"{path}.prepend_instance_prompt",
@@ -168,12 +177,20 @@ def _length(spec: JobSpec) -> Iterator[FieldViolation]:
         )
 
 
+def _roles(spec: JobSpec) -> Iterator[FieldViolation]:
+    """Refuse jobs that have nothing to learn: on regularisation data alone the loss is 0, and stays it."""
+    roles = {choice.role for choice in spec.datasets}
+    if roles and roles <= {REGULARISATION, EVALUATION}:
+        only = (
+            f"for {EVALUATION}" if roles == {EVALUATION} else f"for {REGULARISATION}, where a new adapter's loss is 0"
+        )
+        yield violation("datasets", f"every dataset is {only}; give one with role train")
+
+
 def _coverage(spec: JobSpec) -> Iterator[FieldViolation]:
     """Refuse steps at which nothing would be trained on."""
     ranges = [step_range(choice) for choice in spec.datasets if choice.role != EVALUATION]
     if not ranges:
-        if spec.datasets:
-            yield violation("datasets", "every dataset is for evaluation; give one with role train")
         return
     # An empty range is told by itself.
     if any(item.last is not None and item.last < item.first for item in ranges):

@@ -26,6 +26,9 @@ _MODE_OF_FIELD = {
 }
 """Fields that mean something in one mode of timestep_sampling only."""
 
+_UNSHIFTED = ("fast", "custom")
+"""Modes whose noise levels are taken as they are."""
+
 _RAMP_FIELDS = ("prob_start", "prob_end", "ramp_shape", "start_step")
 
 
@@ -33,7 +36,7 @@ def check_objective(spec: JobSpec) -> Iterator[FieldViolation]:
     """Yield what is wrong with the objective of a job."""
     optimization = spec.optimization
     yield from _noise_levels(optimization)
-    yield from _shift(optimization)
+    yield from _shift(spec)
     yield from _loss(optimization)
     yield from _noise(optimization)
     yield from _balance(optimization)
@@ -41,6 +44,7 @@ def check_objective(spec: JobSpec) -> Iterator[FieldViolation]:
     yield from _offsets(spec)
     if optimization.scheduled_sampling is not None:
         yield from _scheduled_sampling(optimization, optimization.scheduled_sampling)
+        yield from _never_rolled_out(optimization, optimization.scheduled_sampling)
 
 
 def _noise_levels(optimization: Optimization) -> Iterator[FieldViolation]:
@@ -63,8 +67,19 @@ def _noise_levels(optimization: Optimization) -> Iterator[FieldViolation]:
             yield _useless(name, f"timestep_sampling is {mode!r}", f"set that to {needed!r}")
 
 
-def _shift(optimization: Optimization) -> Iterator[FieldViolation]:
+def _shift(spec: JobSpec) -> Iterator[FieldViolation]:
+    optimization = spec.optimization
     yield from positive("optimization.flow_schedule_shift", optimization.flow_schedule_shift)
+    # Roll-outs and the evaluation loss walk along the shifted schedule, however the noise levels are drawn.
+    if (
+        optimization.timestep_sampling in _UNSHIFTED
+        and optimization.scheduled_sampling is None
+        and spec.evaluation is None
+    ):
+        for name in ("flow_schedule_shift", "flow_schedule_auto_shift"):
+            if _is_changed(optimization, name):
+                why = f"timestep_sampling is {optimization.timestep_sampling!r}, which is not shifted"
+                yield _useless(name, why, "choose another mode")
     if optimization.flow_schedule_auto_shift and _is_changed(optimization, "flow_schedule_shift"):
         yield _useless("flow_schedule_shift", "flow_schedule_auto_shift takes its place", "switch that off")
 
@@ -156,6 +171,22 @@ def _ramp(sampling: ScheduledSampling, path: str) -> Iterator[FieldViolation]:
     for name in _RAMP_FIELDS:
         if getattr(sampling, name) != getattr(default, name):
             yield _useless(f"scheduled_sampling.{name}", "ramp_steps is 0", "set that above 0")
+
+
+def _never_rolled_out(optimization: Optimization, sampling: ScheduledSampling) -> Iterator[FieldViolation]:
+    """Refuse a ramp that begins at 0 after the last step, and a loss of rolled-out samples that is always 0."""
+    if sampling.ramp_steps and not sampling.prob_start and 0 < optimization.max_steps <= sampling.start_step:
+        yield _useless(
+            "scheduled_sampling.start_step",
+            f"the ramp begins at step {sampling.start_step}, after the last of max_steps {optimization.max_steps}",
+            "lower it",
+        )
+    reflexflow = sampling.reflexflow
+    if reflexflow is not None and not reflexflow.beta1 and not reflexflow.beta2:
+        yield violation(
+            "optimization.scheduled_sampling.reflexflow",
+            "beta1 and beta2 are both 0, so that rolled-out samples would teach nothing; raise one of them",
+        )
 
 
 def _is_changed(optimization: Optimization, name: str) -> bool:

@@ -39,13 +39,21 @@ def check_optimizer(optimization: Optimization) -> Iterator[FieldViolation]:
     yield from _schedule(optimization)
 
 
-def check_ema(ema: Ema) -> Iterator[FieldViolation]:
-    """Yield what is wrong with the running average."""
+def check_ema(ema: Ema, max_steps: int) -> Iterator[FieldViolation]:
+    """Yield what is wrong with the running average in a job of `max_steps`; 0 is not known yet."""
     if not 0.0 <= ema.decay < 1.0:
         yield violation("ema.decay", f"{ema.decay!r} is not at least 0 and below 1; 0.995 follows some 200 steps")
     yield from between("ema.update_interval", ema.update_interval, 1, 1_000_000, "optimiser steps")
     yield from between("ema.warmup_steps", ema.warmup_steps, 0, 1_000_000, "optimiser steps")
     yield from one_of("ema.validation", ema.validation, EMA_VALIDATIONS)
+    for field in ("update_interval", "warmup_steps"):
+        value = getattr(ema, field)
+        if 0 < max_steps < value:
+            never = "never be updated" if field == "update_interval" else "stay a copy of the adapter"
+            yield violation(
+                f"ema.{field}",
+                f"{value} is above max_steps {max_steps}, and the average would {never}; lower it, or leave ema out",
+            )
 
 
 def _settings(optimization: Optimization, entry: OptimizerEntry) -> Iterator[FieldViolation]:
@@ -92,6 +100,11 @@ def _schedule(optimization: Optimization) -> Iterator[FieldViolation]:
     yield from between(f"{_PATH}.lr_warmup_steps", optimization.lr_warmup_steps, 0, 1_000_000, "optimiser steps")
     yield from one_of(f"{_PATH}.lr_scheduler", schedule, SCHEDULES)
     yield from real(f"{_PATH}.lr_end", optimization.lr_end, at_least=0.0, at_most=1.0)
+    if schedule not in CONSTANT_SCHEDULES and optimization.learning_rate < optimization.lr_end <= 1.0:
+        yield violation(
+            f"{_PATH}.lr_end",
+            f"{optimization.lr_end:g} is above learning_rate {optimization.learning_rate:g}, and rates fall; lower it",
+        )
     yield from real(f"{_PATH}.lr_power", optimization.lr_power, above=0.0, at_most=100.0)
     yield from between(f"{_PATH}.lr_num_cycles", optimization.lr_num_cycles, 1, 1_000_000, "cycles")
     default = Optimization()
