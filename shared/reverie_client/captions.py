@@ -5,7 +5,7 @@ A table is a CSV or parquet file with a row for each picture. Not here: what a j
 
 import csv
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -194,8 +194,8 @@ def _parquet_rows(path: Path, columns: TableColumns) -> Iterator[Mapping[str, An
     arrow, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
     try:
         file = parquet.ParquetFile(path)
-        wanted = [name for name in _names(columns) if name in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=wanted):
+        _require_columns(path, columns, file.schema_arrow.names)
+        for batch in file.iter_batches(columns=_names(columns)):
             yield from batch.to_pylist()
     except (OSError, arrow.ArrowException) as error:
         raise InvalidArgumentError(f"{path} cannot be read as parquet: {error}") from error
@@ -220,17 +220,22 @@ def _names(columns: TableColumns) -> list[str]:
     return [name for name in (columns.filename, columns.caption, columns.fallback_caption) if name]
 
 
+def _require_columns(path: Path, columns: TableColumns, found: Sequence[str]) -> None:
+    """Refuse a table that lacks a column, with all that it has."""
+    missing = [name for name in _names(columns) if name not in found]
+    if missing:
+        raise InvalidArgumentError(
+            f"{path} has no column {missing[0]!r}, only {', '.join(map(str, found))}; name it with "
+            "--filename-column, --caption-column or --fallback-caption-column"
+        )
+
+
 def _collect(path: Path, columns: TableColumns, rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
     """Captions by file name; several rows of one name are alternatives."""
     found: dict[str, list[str]] = {}
     violations = []
     for number, row in enumerate(rows, start=1):
-        missing = [name for name in _names(columns) if name not in row]
-        if missing:
-            raise InvalidArgumentError(
-                f"{path} has no column {missing[0]!r}, only {', '.join(map(str, row))}; name it with "
-                "--filename-column, --caption-column or --fallback-caption-column"
-            )
+        _require_columns(path, columns, list(row))
         captions = texts_of(row[columns.caption]) or texts_of(row.get(columns.fallback_caption))
         violations += [
             violation(f"{path}:{number}", too_long(text)) for text in captions if len(text) > MAX_CAPTION_CHARACTERS

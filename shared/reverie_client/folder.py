@@ -47,7 +47,7 @@ class LocalFolder:
 
     samples: tuple[LocalSample, ...]
     ignored: tuple[Path, ...]
-    """Files that are neither a picture nor the captions of one."""
+    """Files that are neither a picture nor the captions or the mask of one."""
 
 
 def read_folders(
@@ -94,6 +94,9 @@ def read_folders(
             reason="INVALID_FOLDER",
             violations=violations,
         )
+    if masks is not None:
+        used = {sample.mask.path for sample in samples if sample.mask is not None}
+        ignored += [file for file in sorted(_walk(masks)) if file not in used]
     return LocalFolder(samples=tuple(samples), ignored=tuple(ignored))
 
 

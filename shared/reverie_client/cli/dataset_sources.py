@@ -82,7 +82,9 @@ async def upload(reverie: Reverie, name: str, local: LocalFolder) -> pb.AddSampl
     """Send folders, with a bar."""
     if local.ignored:
         names = ", ".join(path.name for path in local.ignored[:5]) + (", ..." if len(local.ignored) > 5 else "")
-        stderr().print(f"passed over {len(local.ignored)} files that are neither pictures nor captions: {names}")
+        stderr().print(
+            f"passed over {len(local.ignored)} files that are neither pictures nor their captions or masks: {names}"
+        )
     with TransferBar(stderr(), "upload") as bar:
         return await reverie.datasets.upload(name, local, on_progress=bar.update)
 

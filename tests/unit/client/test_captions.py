@@ -54,6 +54,13 @@ def test_csv_is_read_by_its_columns(photos: Path) -> None:
     assert captions == {"a_red_cat.png": ("\u00e9tonn\u00e9", "again"), "b.jpg": (), "old/c.webp": ("fallback",)}
 
 
+def test_a_missing_column_of_a_parquet_file_is_told_with_all_that_there_are(photos: Path) -> None:
+    table = photos.parent / "table.parquet"
+    parquet.write_table(pa.table({"file": ["b.jpg"], "caption": ["one"], "width": [1]}), table)
+    with pytest.raises(InvalidArgumentError, match="no column 'filename', only file, caption, width;"):
+        read(photos, "parquet", table)
+
+
 def test_parquet_is_read_by_its_columns_with_lists_as_alternatives(photos: Path) -> None:
     table = photos.parent / "table.parquet"
     rows = {"filename": ["b.jpg", "c.webp"], "caption": [["one", " two "], [""]], "width": [1, 2]}
@@ -104,6 +111,7 @@ def test_masks_are_found_by_path_and_stem(photos: Path) -> None:
     (masks / "old").mkdir(parents=True)
     (masks / "b.png").write_bytes(b"mask b")
     (masks / "old" / "c.png").write_bytes(b"mask c")
+    (masks / "of-nothing.png").write_bytes(b"mask d")
     local = read_folders([photos], needs_captions=False, masks=masks)
     found = {sample.name: sample.mask.sha256 if sample.mask else None for sample in local.samples}
     assert found == {
@@ -111,6 +119,7 @@ def test_masks_are_found_by_path_and_stem(photos: Path) -> None:
         "b.jpg": hashlib.sha256(b"mask b").hexdigest(),
         "old/c.webp": hashlib.sha256(b"mask c").hexdigest(),
     }
+    assert local.ignored == (masks / "of-nothing.png",)
 
 
 def test_a_folder_of_masks_that_suits_no_picture_is_refused(photos: Path, tmp_path: Path) -> None:
