@@ -1,5 +1,7 @@
 """Which prompts a validation draws: the empty one, the built-in library, the job's own, in this order (spec 7.2)."""
 
+from reverie.training.v1 import job_pb2
+
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt
 
 UNCONDITIONAL = "unconditional"
@@ -37,3 +39,9 @@ def prompts_of(validation: Validation) -> tuple[ValidationPrompt, ...]:
     """Return everything that a validation draws, in order."""
     empty = (ValidationPrompt(name=UNCONDITIONAL, prompt=""),) if validation.unconditional else ()
     return (*empty, *(LIBRARY if validation.prompt_library else ()), *validation.prompts)
+
+
+def prompt_texts(validation: job_pb2.ValidationSpec) -> dict[str, str]:
+    """Return the text of everything that a validation may have drawn, by name."""
+    named = {UNCONDITIONAL: "", **{prompt.name: prompt.prompt for prompt in LIBRARY}}
+    return named | {prompt.name: prompt.prompt for prompt in validation.prompts}

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 from google.protobuf.json_format import ParseDict
-from reverie.training.v1.job_pb2 import TrainingJobSpec
+from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobEvent, TrainingJobSpec, ValidationImage
 from reverie_trainer.jobs.checks import check_spec
-from reverie_trainer.jobs.prompt_library import LIBRARY, LIBRARY_PREFIX, prompts_of
+from reverie_trainer.jobs.outlets.messages import message_of
+from reverie_trainer.jobs.prompt_library import LIBRARY, LIBRARY_PREFIX, prompt_texts, prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt, spec_from_proto
 
 OWN = ValidationPrompt(name="cat", prompt="a cat")
@@ -26,6 +27,21 @@ def test_the_job_s_own_prompts_are_drawn_alone() -> None:
 def test_the_empty_prompt_comes_first_and_the_library_before_the_job_s_own() -> None:
     drawn = prompts_of(Validation(prompts=(OWN,), unconditional=True, prompt_library=True))
     assert drawn == (ValidationPrompt(name="unconditional", prompt=""), *LIBRARY, OWN)
+
+
+def test_every_drawn_prompt_s_text_is_found_by_its_name() -> None:
+    drawn = prompts_of(Validation(prompts=(OWN,), unconditional=True, prompt_library=True))
+    spec = ParseDict({"prompts": [{"name": "cat", "prompt": "a cat"}]}, TrainingJobSpec().validation)
+    assert prompt_texts(spec) == {prompt.name: prompt.prompt for prompt in drawn}
+
+
+@pytest.mark.parametrize("prompt", [LIBRARY[0], ValidationPrompt(name="unconditional", prompt="")])
+def test_webhooks_are_told_the_text_of_prompts_that_are_not_the_job_s_own(prompt: ValidationPrompt) -> None:
+    event = TrainingJobEvent(validation_image=ValidationImage(prompt_name=prompt.name, step=1))
+    message = message_of(event, TrainingJob())
+    assert message is not None
+    assert (message.title, message.data["prompt"]) == (f"Validation (step 1): {prompt.name}", prompt.prompt)
+    assert message.body == prompt.prompt
 
 
 def test_the_library_s_names_are_file_safe_and_in_a_name_space_of_their_own() -> None:

@@ -81,7 +81,7 @@ class OutletFactory:
         for index, webhook in enumerate(spec.webhooks):
             path = f"webhooks[{index}]"
             for field, name in (("url_secret", webhook.url_secret), ("token_secret", webhook.token_secret)):
-                problem = self.secrets.problem(name) if name else None
+                problem = self._webhook_secret_problem(name) if name else None
                 if problem is not None:
                     yield FieldViolation(field=f"{path}.{field}", description=problem)
             url = webhook.url or self.secrets.read(webhook.url_secret) or ""
@@ -89,6 +89,12 @@ class OutletFactory:
             if problem is not None:
                 field = "url" if webhook.url else "url_secret"
                 yield FieldViolation(field=f"{path}.{field}", description=problem)
+
+    def _webhook_secret_problem(self, name: str) -> str | None:
+        # Whoever may write a job could else have the trainer's accounts sent to a receiver of theirs.
+        if name in (HF_TOKEN, WANDB_KEY):
+            return f"secret {name!r} is an account of the trainer's and is sent to no webhook; name another secret"
+        return self.secrets.problem(name)
 
     def _check_tracking(self, spec: JobSpec) -> Iterator[FieldViolation]:
         if spec.tracking.wandb and spec.tracking.wandb_mode == "online" and self._wandb_key() is None:

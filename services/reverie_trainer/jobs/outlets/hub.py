@@ -16,6 +16,7 @@ from reverie_common.storage import ObjectStore, get_object
 from reverie_trainer.jobs.outlets.job_files import JobFiles
 from reverie_trainer.jobs.outlets.model_card import ADAPTER_FILE, CardSample, model_card
 from reverie_trainer.jobs.outlets.outlet import OutletFailedError
+from reverie_trainer.jobs.prompt_library import prompt_texts
 from reverie_trainer.jobs.records import SUCCEEDED
 
 # Its bars are for terminals.
@@ -65,7 +66,7 @@ class HubOutlet:
         files = {ADAPTER_FILE: job.adapter}
         files |= {path.removeprefix("adapter/"): ref for path, ref in made.items() if _is_extra(path)}
         files |= {sample_path: ref for sample_path, (_, ref) in pictures.items()}
-        prompts = {each.name: each.prompt for each in job.spec.validation.prompts}
+        prompts = prompt_texts(job.spec.validation)
         samples = [CardSample(prompt=prompts.get(name, name), path=path) for path, (name, _) in pictures.items()]
         texts = {"README.md": model_card(job, samples)}
         message = f"{job.spec.name}: {job.step} steps"

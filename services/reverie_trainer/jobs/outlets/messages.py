@@ -7,6 +7,7 @@ from typing import Any
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
 
+from reverie_trainer.jobs.prompt_library import prompt_texts
 from reverie_trainer.jobs.records import CANCELLED, FAILED, PREPARING, SUCCEEDED, TRAINING, state_name
 
 SEVERITIES = ("debug", "info", "warning", "error", "critical")
@@ -178,4 +179,4 @@ def _progress(label: str, current: int, total: int) -> dict[str, Any]:
 
 
 def _prompt(job: job_pb2.TrainingJob, name: str) -> str:
-    return next((each.prompt for each in job.spec.validation.prompts if each.name == name), name)
+    return prompt_texts(job.spec.validation).get(name, name)

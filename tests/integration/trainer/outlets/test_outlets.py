@@ -194,6 +194,11 @@ async def test_redirect_is_not_followed(trainer: Any, make_spec: Any, listener: 
         ({"kind": "raw", "url": "https://user@127.0.0.1/x"}, "webhooks[0].url", "without a user"),
         ({"kind": "raw", "url_secret": "nowhere"}, "webhooks[0].url_secret", "'nowhere' is unknown"),
         ({"kind": "raw", "url": "http://127.0.0.1/", "token_secret": "../x"}, "webhooks[0].token_secret", "no name"),
+        (
+            {"kind": "raw", "url": "http://127.0.0.1/", "token_secret": "hf_token"},
+            "webhooks[0].token_secret",
+            "'hf_token' is an account of the trainer's",
+        ),
         ({"kind": "raw"}, "webhooks[0].url", "either url"),
         ({"kind": "pigeon", "url": "http://127.0.0.1/"}, "webhooks[0].kind", "raw, discord"),
     ],
