@@ -74,6 +74,8 @@ class ValidationTiming:
 
     stall_seconds: float = 300.0
     """Longest silence of a sampler at work: one step of the largest picture, or its turn in the queue."""
+    compile_seconds: float = 1800.0
+    """The same where it compiles first."""
     retry_seconds: float = 600.0
     """How long a sampler may be away before the pictures of a step are given up."""
     request_seconds: float = 3600.0
@@ -93,7 +95,9 @@ class ValidationQueue:
         self._timing = timing
         self._rounds: deque[ValidationRound] = deque()
         self._changed = asyncio.Event()
+        self._stall_seconds = timing.compile_seconds if validation.compile else timing.stall_seconds
         self._last_answer = 0.0
+        self._is_asking = False
         self._is_warned = False
         self._is_unscored = False
         self._noticed: set[str] = set()
@@ -118,15 +122,19 @@ class ValidationQueue:
             self._rounds.popleft()
 
     async def drain(self, patience_seconds: float, should_stop: Callable[[], bool]) -> None:
-        """Wait for the rounds that are left, for so long after the sampler's last answer; warn about what is lost."""
+        """Wait for the rounds that are left, for so long after the sampler's last answer; warn about what is lost.
+
+        A sampler that has taken a request is at work and may be silent for longer: it compiles, or others are first.
+        """
         clock = asyncio.get_running_loop().time
         begin = clock()
         while self._rounds and not should_stop():
-            if clock() - max(begin, self._last_answer) > patience_seconds:
+            limit = max(patience_seconds, self._stall_seconds) if self._is_asking else patience_seconds
+            if clock() - max(begin, self._last_answer) > limit:
                 steps = ", ".join(str(left.step) for left in self._rounds)
                 self._outbox.warn(
                     "VALIDATION_PICTURES_LOST",
-                    f"the sampler did not answer for {patience_seconds:g} s after the last step; the pictures of step "
+                    f"the sampler did not answer for {limit:g} s after the last step; the pictures of step "
                     f"{steps} are missing or incomplete; draw them with `reverie sample` and the adapters of the job",
                 )
                 return
@@ -179,6 +187,7 @@ class ValidationQueue:
         clock = asyncio.get_running_loop().time
         begin = clock()
         call = self._stub.Sample(request, timeout=self._timing.request_seconds)
+        self._is_asking = True
         try:
             with translated():
                 while (response := await self._next(call)) is not None:
@@ -188,16 +197,17 @@ class ValidationQueue:
                         self._notice_once(response.notice.reason, response.notice.message)
                     on_response(response)
         finally:
+            self._is_asking = False
             call.cancel()
         self._outbox.phase("validate", clock() - begin)
 
     async def _next(self, call: grpc.aio.UnaryStreamCall[SampleRequest, SampleResponse]) -> SampleResponse | None:
         try:
-            async with asyncio.timeout(self._timing.stall_seconds):
+            async with asyncio.timeout(self._stall_seconds):
                 response = await call.read()
         except TimeoutError as error:
             raise DeadlineExceededError(
-                f"the sampler was silent for {self._timing.stall_seconds:g} s; restart it", reason="SAMPLER_STALLED"
+                f"the sampler was silent for {self._stall_seconds:g} s; restart it", reason="SAMPLER_STALLED"
             ) from error
         return response if isinstance(response, SampleResponse) else None
 

@@ -282,7 +282,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Two processes on one port would share its calls by chance; refuse instead.
         "grpc.so_reuseport": 0,
         # Our clients ping; without this the server answers with GOAWAY too_many_pings.
-        "grpc.http2.min_recv_ping_interval_without_data_ms": KEEPALIVE_SECONDS * 1000 // 2,
+        "grpc.http2.min_ping_interval_without_data_ms": KEEPALIVE_SECONDS * 1000 // 2,
         "grpc.keepalive_permit_without_calls": 1,
     }
     if settings.max_connection_age_seconds:

@@ -253,6 +253,18 @@ async def test_a_cancelled_call_is_cancelled_in_the_servicer(channel: grpc.aio.C
     await asyncio.wait_for(servicer.cancelled.wait(), TIMEOUT_SECONDS)
 
 
+async def test_a_silent_call_outlives_the_pings_of_its_caller(
+    painter: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reverie_common.rpc.server.KEEPALIVE_SECONDS", 1)
+    options = {"grpc.keepalive_time_ms": 1000}
+    async with (
+        Server([painter.served(painter.Painter())], ServerSettings(grace_seconds=1.0)) as server,
+        connect(server.target, retries=False, options=options) as channel,
+    ):
+        assert await call(channel, "Unary", b"sleep:7") == [b"sleep:7"]  # pings too often end it at the fourth
+
+
 async def test_a_message_above_four_mebibytes_is_refused(channel: grpc.aio.Channel) -> None:
     with pytest.raises(errors.ResourceExhaustedError), translated():
         await call(channel, "Unary", bytes(MAX_MESSAGE_BYTES + 1))

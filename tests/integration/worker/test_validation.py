@@ -42,6 +42,8 @@ class QuickSampler(SamplingServiceServicer):
         self.requests: list[sampling_pb2.SampleRequest] = []
         self.refuses = False
         self.has_clip_model = True
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def Sample(  # noqa: N802 - gRPC's name
         self, request: sampling_pb2.SampleRequest, context: Any
@@ -51,6 +53,7 @@ class QuickSampler(SamplingServiceServicer):
             raise InvalidArgumentError("too large")
         if request.clip_score and not self.has_clip_model:
             raise FailedPreconditionError("start it with --clip-model", reason="NO_CLIP_MODEL")
+        await self.may_answer.wait()
         yield sampling_pb2.SampleResponse(progress=sampling_pb2.SamplingProgress(step=1, num_steps=1))
         if request.preview_steps:
             preview = sampling_pb2.SamplingPreview(step=1, num_steps=20, timestep=1000.0, image=PREVIEW)
@@ -188,6 +191,25 @@ def test_a_sampler_that_comes_late_draws_everything(
     assert {image.step for image in trainer.of_kind("validation_image")} == {0, 3, 6}
     assert trainer.notices().count("SAMPLER_UNAVAILABLE") == 1
     assert "VALIDATION_PICTURES_LOST" not in trainer.notices()
+
+
+def test_a_sampler_at_work_may_be_silent_for_longer_than_one_that_is_away(
+    prepared: Any, work: Work, serve_sampler: Any
+) -> None:
+    sampler = QuickSampler()
+    sampler.may_answer.clear()
+    last = {**VALIDATION, "disable_benchmark": True, "every_steps": 0, "resolutions": ["64x64"], "num_images": 1}
+    trainer = prepared.trainer(name="job-silent", validation=last)
+
+    def answer_late(event: TrainingJobEvent) -> None:
+        if event.notice.reason == "ADAPTER_PROVEN":  # told before the worker waits for pictures
+            asyncio.get_running_loop().call_later(1.0, sampler.may_answer.set)
+
+    trainer.on_event = answer_late
+    with serve_sampler(sampler) as address:
+        assert work(trainer, sampler=address, validation_wait_seconds=0.1) == 0
+    assert [image.prompt_name for image in trainer.of_kind("validation_image")] == ["cat", "dog"]
+    assert trainer.notices() == ["ADAPTER_PROVEN"]
 
 
 def test_a_dead_sampler_costs_pictures_and_not_the_job(prepared: Any, work: Work, free_port: Callable[[], int]) -> None:
