@@ -23,7 +23,7 @@ from reverie_hidream.training.batch import Batch, BatchDraws
 from reverie_hidream.transformer import load_transformer
 from reverie_trainer.jobs.spec import Optimization
 from reverie_trainer.worker.engine import TrainingEngine
-from reverie_trainer.worker.proof import ExportRefutedError, probe, prove_export
+from reverie_trainer.worker.proof import NothingLearntError, probe, prove_export
 from safetensors.torch import load
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -161,7 +161,7 @@ def test_a_full_rank_model_gives_its_base_back_to_the_last_bit(tiny_checkpoint: 
 def test_an_adapter_that_learnt_nothing_is_refuted(tiny_checkpoint: Path, batches: list[Batch]) -> None:
     run = Run(tiny_checkpoint, LokrConfig(factor=4))
 
-    with pytest.raises(ExportRefutedError, match=r"picture of a fixed prompt by 0.00e\+00: it learnt nothing"):
+    with pytest.raises(NothingLearntError, match=r"picture of a fixed prompt by 0.00e\+00: it learnt nothing"):
         prove_export(
             run.engine.export({}),
             trained_output=probe(run.transformer, batches[0]),

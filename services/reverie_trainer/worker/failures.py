@@ -16,7 +16,7 @@ from reverie_hidream.adapters.config import AdapterMatchesNothingError
 from reverie_hidream.training.step import NonFiniteLossError
 
 from reverie_trainer.jobs.failures import JobFailedError
-from reverie_trainer.worker.proof import ExportRefutedError
+from reverie_trainer.worker.proof import ExportRefutedError, NothingLearntError
 
 
 def failure_of(error: BaseException) -> JobFailure | None:
@@ -43,6 +43,13 @@ def failure_of(error: BaseException) -> JobFailure | None:
         )
     if isinstance(error, JobFailedError):
         return error.to_proto()
+    if isinstance(error, NothingLearntError):
+        return JobFailure(
+            reason="NOTHING_LEARNT",
+            message=str(error),
+            remedy="the steps so far are lost in rounding; raise optimization.max_steps (job fork goes on from the "
+            "newest checkpoint) or optimization.learning_rate, or shorten optimization.lr_warmup_steps",
+        )
     if isinstance(error, ExportRefutedError):
         return JobFailure(reason="EXPORT_REFUTED", message=str(error), remedy="keep the checkpoints and report a bug")
     if isinstance(error, ReverieError):

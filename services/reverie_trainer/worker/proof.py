@@ -33,6 +33,10 @@ class ExportRefutedError(Exception):
     """The exported file does not do what the trained adapter does."""
 
 
+class NothingLearntError(ExportRefutedError):
+    """The exported file changes nothing: the training was too short, or too gentle for the dtype of the computation."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
     """What was measured."""
@@ -101,7 +105,7 @@ def prove_export(
 
 def _require(proof: Proof) -> None:
     if not (proof.change > 0 and proof.picture_change > 0):
-        raise ExportRefutedError(
+        raise NothingLearntError(
             f"the exported adapter changes the model's output by {proof.change:.2e} and the picture of a fixed prompt "
             f"by {proof.picture_change:.2e}: it learnt nothing"
         )

@@ -13,7 +13,7 @@ from reverie_common.errors import (
 from reverie_hidream.adapters.config import AdapterMatchesNothingError
 from reverie_hidream.training.step import NonFiniteLossError
 from reverie_trainer.worker.failures import failure_of
-from reverie_trainer.worker.proof import ExportRefutedError
+from reverie_trainer.worker.proof import ExportRefutedError, NothingLearntError
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from reverie_trainer.worker.proof import ExportRefutedError
         (NonFiniteLossError("the loss at step 3 is nan"), "NON_FINITE_LOSS"),
         (AdapterMatchesNothingError("nothing"), "ADAPTER_MATCHES_NOTHING"),
         (ExportRefutedError("differs"), "EXPORT_REFUTED"),
+        (NothingLearntError("nothing"), "NOTHING_LEARNT"),
         (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
         (ValueError("optimizer 'x' is unknown"), "JOB_NOT_TRAINABLE"),
         (StoreFullError("full"), "STORE_FULL"),
