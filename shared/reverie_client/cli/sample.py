@@ -66,6 +66,8 @@ def sample(
     Example: [bold]reverie sample "a photo of my cat on a beach" --job job-0123456789ab[/]
     """
     _check_adapter(adapter, job)
+    _check_use(job is not None, "--step", step is not None, "--job, whose checkpoint it is")
+    _check_use(job is not None or adapter is not None, "--strength", strength != 1.0, "--job or --adapter")
     width, height = _size(size)
     request = SampleRequest(
         prompt=prompt,
@@ -95,6 +97,12 @@ def _check_adapter(adapter: Path | None, job: str | None) -> None:
     if adapter is not None and not adapter.is_file():
         violation = FieldViolation(field="--adapter", description=f"{adapter} is not a file; check the path")
         raise InvalidArgumentError("there is no such adapter", violations=[violation])
+
+
+def _check_use(is_used: bool, option: str, is_given: bool, needed: str) -> None:
+    if is_given and not is_used:
+        violation = FieldViolation(field=option, description=f"it does nothing without {needed}; give that, or neither")
+        raise InvalidArgumentError("an option does nothing", violations=[violation])
 
 
 def _print(drawn: _Drawn, output: OutputFormat) -> None:

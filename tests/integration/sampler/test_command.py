@@ -54,3 +54,14 @@ async def test_an_unknown_scheduler_is_a_usage_error(stack: Any, tmp_path: Path)
     result = await run(stack, tmp_path, "--scheduler", "ddim")
     assert result.exit_code == 2
     assert "expected one of unipc, euler, flash" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(("option", "needed"), [("--step", "--job"), ("--strength", "--adapter")])
+async def test_an_option_of_an_adapter_is_refused_without_one(
+    stack: Any, tmp_path: Path, option: str, needed: str
+) -> None:
+    result = await run(stack, tmp_path, option, "3")
+    assert result.exit_code == 2
+    words = " ".join(result.stderr.split())
+    assert f"{option}: it does nothing without" in words
+    assert needed in words
