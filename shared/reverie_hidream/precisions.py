@@ -35,11 +35,18 @@ class Precision:
     row_multiple: int = 1
     """Layers whose inputs are not a multiple are left as loaded; every Linear of the released models fits."""
 
+    output_multiple: int = 1
+    """The same for outputs."""
+
     keeps_copies: bool = False
     """Autograd keeps each weight once more, in the dtype of the activations, until the backward pass of its block."""
 
     nearest: str = INT8_QUANTO
     """What to use where this one cannot be."""
+
+    def fits(self, in_features: int, out_features: int) -> bool:
+        """Whether a Linear of these widths can be held so."""
+        return in_features % self.row_multiple == 0 and out_features % self.output_multiple == 0
 
 
 PRECISIONS: Mapping[str, Precision] = {
@@ -47,7 +54,8 @@ PRECISIONS: Mapping[str, Precision] = {
     # torch._weight_int8pack_mm reads past the end of a row of any other length (NaN or a crash, torch 2.13 on CPU), and
     # quanto calls it for multiples of 4.
     INT8_QUANTO: Precision(library="quanto", bits=8, row_multiple=16),
-    "int4-quanto": Precision(library="quanto", bits=4.25, row_multiple=32),
+    # torch._convert_weight_to_int4pack_for_cpu, which quanto calls in bfloat16, refuses other outputs.
+    "int4-quanto": Precision(library="quanto", bits=4.25, row_multiple=32, output_multiple=16),
     "int2-quanto": Precision(library="quanto", bits=2.25, row_multiple=32),
     "fp8-quanto": Precision(library="quanto", bits=8, row_multiple=16),
     "fp8uz-quanto": Precision(library="quanto", bits=8, row_multiple=16),

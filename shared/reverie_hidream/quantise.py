@@ -79,14 +79,15 @@ def _bitsandbytes_scales(state: Any) -> Iterator[torch.Tensor]:
 
 
 def _convert(module: nn.Module, precision: str) -> None:
-    multiple = PRECISIONS[precision].row_multiple
+    chosen = PRECISIONS[precision]
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    fitting = [name for name, child in linears.items() if child.in_features % multiple == 0]
+    fitting = [name for name, child in linears.items() if chosen.fits(child.in_features, child.out_features)]
     if len(fitting) < len(linears):
         left = sorted(linears.keys() - set(fitting))
         more = f" and {len(left) - _MAX_NAMED} more" if len(left) > _MAX_NAMED else ""
         names = ", ".join(left[:_MAX_NAMED])
-        logger.warning("left as loaded, inputs not a multiple of %d: %s%s", multiple, names, more)
+        outputs = f" or outputs not of {chosen.output_multiple}" if chosen.output_multiple > 1 else ""
+        logger.warning("left as loaded, inputs not a multiple of %d%s: %s%s", chosen.row_multiple, outputs, names, more)
     if fitting:
         _BACKENDS[precision](module, fitting)
 

@@ -144,7 +144,7 @@ def _module_bytes(spec: JobSpec, module: ModuleNode) -> float:
         return size
     out_features, in_features = module.shape
     precision = PRECISIONS.get(spec.model.base_precision, PRECISIONS[NO_CHANGE])
-    is_plain = spec.model.base_precision == NO_CHANGE or in_features % precision.row_multiple
+    is_plain = spec.model.base_precision == NO_CHANGE or not precision.fits(in_features, out_features)
     weight_bytes = compute_bytes if is_plain else precision.bits / 8
     return size + out_features * in_features * weight_bytes + out_features * compute_bytes * module.has_bias
 

@@ -139,6 +139,14 @@ def test_leaves_rows_that_a_kernel_reads_past(caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == ["left as loaded, inputs not a multiple of 16: 1"]
 
 
+def test_leaves_outputs_that_a_kernel_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    module = model(64, 72, 32).to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        quantise(module, "int4-quanto")
+    assert type(module[0]) is nn.Linear
+    assert caplog.messages == ["left as loaded, inputs not a multiple of 32 or outputs not of 16: 0, 1"]
+
+
 def test_names_a_few_of_many_layers_that_are_left(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         quantise(model(*[40] * 9), "int8-quanto")
