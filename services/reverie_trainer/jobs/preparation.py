@@ -373,7 +373,8 @@ class _Preparation:
             first = report.rejected[0]
             await self._task.notice(
                 "IMAGES_REJECTED",
-                f"{num_rejected} images are not used, the first is {first.sample} of {first.dataset}: {first.message}",
+                f"{num_rejected} {'image is' if num_rejected == 1 else 'images are'} not used, the first is "
+                f"{first.sample} of {first.dataset}: {first.message}",
             )
         if encoded.cuts:
             await self._task.notice(
