@@ -14,7 +14,7 @@ from reverie_common.errors import ReverieError
 from reverie_common.storage import ObjectStore, get_object
 
 from reverie_trainer.jobs.outlets.job_files import JobFiles
-from reverie_trainer.jobs.outlets.model_card import ADAPTER_FILE, CardSample, model_card
+from reverie_trainer.jobs.outlets.model_card import ADAPTER_FILE, CardSample, model_card, result_file
 from reverie_trainer.jobs.outlets.outlet import OutletFailedError
 from reverie_trainer.jobs.prompt_library import prompt_texts
 from reverie_trainer.jobs.records import SUCCEEDED
@@ -53,7 +53,7 @@ class HubOutlet:
         if not (event.HasField("checkpoint") and job.spec.publishing.push_checkpoints):
             return False
         step = event.checkpoint.step
-        files = {f"checkpoint-{step}/{ADAPTER_FILE}": event.checkpoint.adapter}
+        files = {f"checkpoint-{step}/{result_file(job)}": event.checkpoint.adapter}
         await self._commit(job, files, {}, f"Checkpoint at step {step}")
         return True
 
@@ -63,7 +63,7 @@ class HubOutlet:
             return
         made = await self._files.all(job.job_id)
         pictures = _newest_pictures(made)
-        files = {ADAPTER_FILE: job.adapter}
+        files = {result_file(job): job.adapter}
         files |= {path.removeprefix("adapter/"): ref for path, ref in made.items() if _is_extra(path)}
         files |= {sample_path: ref for sample_path, (_, ref) in pictures.items()}
         prompts = prompt_texts(job.spec.validation)

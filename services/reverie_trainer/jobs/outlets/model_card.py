@@ -13,6 +13,8 @@ BASE_LICENSE = "mit"
 """Licence of HiDream-I1's weights."""
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+"""Of full-rank tuning: the whole transformer, where diffusers looks for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,11 @@ def model_card(job: job_pb2.TrainingJob, samples: Sequence[CardSample]) -> str:
             "",
         ]
     )
+
+
+def result_file(job: job_pb2.TrainingJob) -> str:
+    """Return the path of a job's result within the repository, and below the folder of a checkpoint."""
+    return TRANSFORMER_FILE if _kind(job) == "full_rank" else ADAPTER_FILE
 
 
 def _front_matter(job: job_pb2.TrainingJob, samples: Sequence[CardSample]) -> dict[str, object]:
@@ -113,21 +120,26 @@ def _figures(job: job_pb2.TrainingJob) -> list[str]:
 
 
 def _usage(job: job_pb2.TrainingJob) -> list[str]:
-    repository = job.spec.publishing.hub_model_id
-    load = (
-        f'pipeline.load_lora_weights("{repository}", weight_name="{ADAPTER_FILE}")'
-        if _kind(job) == "lora"
-        else "\n".join(
-            [
-                "from huggingface_hub import hf_hub_download",
-                "from lycoris import create_lycoris_from_weights",
-                f'file = hf_hub_download("{repository}", "{ADAPTER_FILE}")',
-                "network, _ = create_lycoris_from_weights(1.0, file, pipeline.transformer)",
-                "network.merge_to()  # before the transformer is quantised",
-            ]
-        )
-    )
-    return ["```python", "# pipeline: diffusers' HiDreamImagePipeline of the base model", load, "```"]
+    repository, file = job.spec.publishing.hub_model_id, result_file(job)
+    download = ["from huggingface_hub import hf_hub_download", f'file = hf_hub_download("{repository}", "{file}")']
+    kind = _kind(job)
+    if kind == "lora":
+        load = [f'pipeline.load_lora_weights("{repository}", weight_name="{file}")']
+    elif kind == "full_rank":
+        load = [
+            *download,
+            "from safetensors.torch import load_file",
+            "pipeline.transformer.load_state_dict(load_file(file))",
+        ]
+    else:
+        load = [
+            *download,
+            "from lycoris import create_lycoris_from_weights",
+            "network, _ = create_lycoris_from_weights(1.0, file, pipeline.transformer)",
+            # Not merge_to: lycoris-lora 4.1.3 multiplies by the scale of a split LoKr and a LoHa twice there.
+            "network.apply_to()",
+        ]
+    return ["```python", "# pipeline: diffusers' HiDreamImagePipeline of the base model", *load, "```"]
 
 
 def _public(spec: job_pb2.TrainingJobSpec) -> job_pb2.TrainingJobSpec:

@@ -341,7 +341,8 @@ async def test_success_is_published_with_a_model_card(trainer: Any, make_spec: A
     assert matter["widget"] == [{"text": "a cat | on a mat", "output": {"url": "assets/step_3_cat_0_64x64.png"}}]
     assert "| a cat \\| on a mat | ![](assets/step_3_cat_0_64x64.png) |" in card
     assert '"max_steps": 3' in card
-    assert "create_lycoris_from_weights" in card
+    assert "network.apply_to()" in card
+    assert "merge_to" not in card  # scales some adapters twice
 
 
 async def test_failed_job_is_not_published(trainer: Any, make_spec: Any, hub: Any, listener: Any) -> None:
