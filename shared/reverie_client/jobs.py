@@ -14,6 +14,7 @@ from reverie.training.v1.job_pb2 import (
     TrainingJobState,
     ValidationImage,
 )
+from reverie.training.v1.measures_pb2 import EvaluationResult
 from reverie.training.v1.training_pb2_grpc import TrainingServiceStub
 from reverie_common.errors import ReverieError, UnavailableError
 
@@ -189,6 +190,15 @@ class Jobs:
                 size = (image.width, image.height)
                 found[(image.step, image.weights, image.prompt_name, size, image.image_index)] = image
         return tuple(found.values())
+
+    async def evaluations(self, job_id: str) -> tuple[EvaluationResult, ...]:
+        """Return every evaluation loss so far with its curve by timestep, each once, in order."""
+        found: dict[tuple[int, str, str], EvaluationResult] = {}
+        async for event in self._history(job_id):
+            if event.HasField("evaluation"):
+                result = event.evaluation
+                found[(result.step, result.dataset, result.weights)] = result
+        return tuple(found[key] for key in sorted(found))
 
     async def _history(self, job_id: str) -> AsyncIterator[TrainingJobEvent]:
         """Yield what has happened so far; does not wait for a running job."""

@@ -1,4 +1,4 @@
-"""A job's results in a folder: job.json, everything that the job made, its scores, and the pictures that sum it up."""
+"""A job's results in a folder: job.json, what the job made, its measures, and the pictures that sum it up."""
 
 import asyncio
 import json
@@ -7,10 +7,11 @@ from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
 from reverie.training.v1.job_pb2 import StepMetrics, TrainingJob, ValidationImage
+from reverie.training.v1.measures_pb2 import EvaluationResult
 
 from reverie_client.client import Reverie
 from reverie_client.report import Metrics, draw_loss, draw_sheet, find_pictures
-from reverie_client.scores import write_scores
+from reverie_client.scores import write_evaluations, write_scores
 from reverie_client.transfer import OnProgress, ignore_progress
 
 ADAPTER_PATH = "adapter/pytorch_lora_weights.safetensors"
@@ -30,6 +31,8 @@ class Results:
     """None where the job has done no step."""
     scores: Path | None
     """None where no picture was scored."""
+    evaluations: Path | None
+    """None where no evaluation loss was measured."""
 
 
 async def write_results(
@@ -42,12 +45,18 @@ async def write_results(
     files = await reverie.jobs.fetch(job_id, folder, on_progress=on_progress)
     steps = await reverie.jobs.metrics(job_id)
     images = await reverie.jobs.validation_images(job_id)
+    evaluations = await reverie.jobs.evaluations(job_id)
     job = await reverie.jobs.get(job_id)
-    return await asyncio.to_thread(_draw, job, folder, files, metrics_of(steps), images)
+    return await asyncio.to_thread(_draw, job, folder, files, metrics_of(steps), images, evaluations)
 
 
 def _draw(
-    job: TrainingJob, folder: Path, files: tuple[Path, ...], metrics: Metrics, images: tuple[ValidationImage, ...]
+    job: TrainingJob,
+    folder: Path,
+    files: tuple[Path, ...],
+    metrics: Metrics,
+    images: tuple[ValidationImage, ...],
+    evaluations: tuple[EvaluationResult, ...],
 ) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(job_json(job), encoding="utf-8")
@@ -61,6 +70,7 @@ def _draw(
         sheet=draw_sheet(job, pictures, folder / "sheet.png") if pictures else None,
         loss=draw_loss(title, metrics, folder / "loss.png") if metrics.steps else None,
         scores=write_scores(images, folder),
+        evaluations=write_evaluations(evaluations, folder),
     )
 
 

@@ -1,4 +1,7 @@
-"""CLIP scores of a job's pictures as a file: `validation/scores.jsonl`, an object for each step and kind of weights."""
+"""A job's measures as files, an object for each step and kind of weights.
+
+CLIP scores are `validation/scores.jsonl`, evaluation losses with their curves `evaluation.jsonl`.
+"""
 
 import json
 import statistics
@@ -7,8 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from reverie.training.v1.job_pb2 import ValidationImage
+from reverie.training.v1.measures_pb2 import EvaluationResult
 
 SCORES_PATH = "validation/scores.jsonl"
+EVALUATIONS_PATH = "evaluation.jsonl"
+
+
+def write_evaluations(results: Iterable[EvaluationResult], folder: Path) -> Path | None:
+    """Write evaluation losses below a job's folder; returns the file, None where nothing was measured."""
+    lines = [_evaluation(result) for result in results]
+    if not lines:
+        return None
+    path = folder / EVALUATIONS_PATH
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def _evaluation(result: EvaluationResult) -> dict[str, Any]:
+    curve = [{"timestep": each.timestep, "loss": each.loss} for each in result.timesteps]
+    return {
+        "step": result.step,
+        "dataset": result.dataset,
+        "weights": result.weights,
+        "loss": result.loss,
+        "timesteps": curve,
+    }
 
 
 def write_scores(images: Iterable[ValidationImage], folder: Path) -> Path | None:

@@ -129,6 +129,7 @@ class SyncJobs(_Blocking[Jobs]):
     artifacts = _call(Jobs.artifacts)
     metrics = _call(Jobs.metrics)
     validation_images = _call(Jobs.validation_images)
+    evaluations = _call(Jobs.evaluations)
     fetch = _call(Jobs.fetch)
 
 

@@ -252,11 +252,12 @@ def fetch_command(
                 "sheet": str(results.sheet) if results.sheet else None,
                 "loss": str(results.loss) if results.loss else None,
                 "scores": str(results.scores) if results.scores else None,
+                "evaluations": str(results.evaluations) if results.evaluations else None,
             }
         )
         return
     stdout().print(f"{len(results.files)} files in {results.folder}", markup=False)
-    for path in (results.sheet, results.loss, results.scores):
+    for path in (results.sheet, results.loss, results.scores, results.evaluations):
         if path is not None:
             stdout().print(str(path), markup=False)
 

@@ -14,6 +14,7 @@ from reverie.training.v1.job_pb2 import (
     ValidationProgress,
     ValidationScores,
 )
+from reverie.training.v1.measures_pb2 import EvaluationResult
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -128,6 +129,8 @@ class JobView:
             self._validation(event.validation_progress)
         elif kind == "validation_scores":
             self._scores(event.validation_scores)
+        elif kind == "evaluation":
+            self._evaluation(event.evaluation)
         elif kind == "notice":
             is_warning = event.notice.severity == NoticeSeverity.NOTICE_SEVERITY_WARNING
             self._say(event.notice.message, style="yellow" if is_warning else None)
@@ -163,6 +166,10 @@ class JobView:
             f"CLIP score{which} @ {scores.step}: {scores.mean:.2f} over {scores.num_pictures} pictures "
             f"({scores.min:.2f} to {scores.max:.2f})"
         )
+
+    def _evaluation(self, result: EvaluationResult) -> None:
+        which = " EMA" if result.weights == "ema" else ""
+        self._say_once(f"evaluation loss{which} @ {result.step}: {result.loss:.5f} on {result.dataset}")
 
     def _draw(self, title: str, done: int, total: int, note: str) -> None:
         if title not in self._tasks:

@@ -14,6 +14,7 @@ from reverie.training.v1.job_pb2 import (
     TrainingJobState,
     ValidationProgress,
 )
+from reverie.training.v1.measures_pb2 import EvaluationResult
 from reverie_client.cli.progress import JobView
 from rich.console import Console
 
@@ -55,6 +56,16 @@ def test_says_what_preparation_found_in_the_store(view: JobView, out: io.StringI
     progress = PreparationProgress(stage="encode_prompts", num_done=4, num_total=4, num_cached=3)
     view.show(TrainingJobEvent(preparation=progress))
     assert out.getvalue() == "encode captions: 4 done (3 found in the store)\n"
+
+
+def test_says_each_evaluation_loss_once(view: JobView, out: io.StringIO) -> None:
+    for weights in ("adapter", "ema", "ema"):
+        result = EvaluationResult(step=5, dataset="held-out", loss=0.123456, weights=weights)
+        view.show(TrainingJobEvent(evaluation=result))
+    assert out.getvalue().splitlines() == [
+        "evaluation loss @ 5: 0.12346 on held-out",
+        "evaluation loss EMA @ 5: 0.12346 on held-out",
+    ]
 
 
 def test_says_states_pictures_and_notices(view: JobView, out: io.StringIO) -> None:

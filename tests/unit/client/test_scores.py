@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from reverie.training.v1.job_pb2 import ValidationImage
-from reverie_client.scores import summarise_scores, write_scores
+from reverie.training.v1.measures_pb2 import EvaluationResult, TimestepLoss
+from reverie_client.scores import summarise_scores, write_evaluations, write_scores
 
 
 def image(step: int, name: str, score: float | None, weights: str = "adapter") -> ValidationImage:
@@ -31,3 +32,14 @@ def test_the_file_has_a_line_for_each_and_is_not_written_without_scores(tmp_path
     path = write_scores([image(0, "a", 1.0), image(9, "a", 2.0)], tmp_path)
     assert path == tmp_path / "validation" / "scores.jsonl"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 9]
+
+
+def test_evaluation_losses_are_written_with_their_curves(tmp_path: Path) -> None:
+    assert write_evaluations([], tmp_path) is None
+    curve = [TimestepLoss(timestep=1000.0, loss=0.75), TimestepLoss(timestep=2.5, loss=0.25)]
+    result = EvaluationResult(step=7, dataset="held-out", loss=0.5, weights="ema", timesteps=curve)
+    path = write_evaluations([result], tmp_path)
+    assert path == tmp_path / "evaluation.jsonl"
+    points = [{"timestep": 1000.0, "loss": 0.75}, {"timestep": 2.5, "loss": 0.25}]
+    expected = {"step": 7, "dataset": "held-out", "weights": "ema", "loss": 0.5, "timesteps": points}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [expected]
