@@ -202,7 +202,10 @@ def print_report(imported: Imported, console: Console) -> None:
     """Print the report as a table, and its sums."""
     wide = Console(file=console.file, highlight=False, width=max(console.width, MIN_WIDTH))
     for file in imported.report.files():
-        table = Table("key", "value", "outcome", "meaning", box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("key", "value", "outcome", "meaning"):
+            # Folded, not cut: the end of a key is what tells one from another.
+            table.add_column(column, overflow="fold")
         for key, value, outcome, meaning in imported.report.rows(file):
             style = STYLES[Outcome(outcome)]
             table.add_row(escape(key), escape(value), f"[{style}]{outcome}[/]", escape(meaning))

@@ -151,8 +151,13 @@ def _failure(repository: str, error: BaseException | None) -> OutletFailedError:
         why = f"the Hub answered {status}"
         remedy = "; the trainer's secret hf_token must be allowed to write there" if status in (401, 403) else ""
         return OutletFailedError(message=f"{repository} was not published: {why}{remedy}")
-    text = error.message if isinstance(error, ReverieError) else type(error).__name__
-    return OutletFailedError(message=f"{repository} was not published: {text}")
+    if isinstance(error, ReverieError):
+        return OutletFailedError(message=f"{repository} was not published: {error.message}")
+    # What the library says may hold signed addresses; its kind says what to look for.
+    return OutletFailedError(
+        message=f"{repository} was not published: no answer ({type(error).__name__}); is the Hub reachable from the "
+        "trainer? Where a Hub takes no uploads by Xet, set HF_HUB_DISABLE_XET=1 in the trainer's environment"
+    )
 
 
 def _is_final(error: BaseException | None) -> bool:

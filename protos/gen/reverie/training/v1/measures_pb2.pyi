@@ -31,7 +31,9 @@ class EvaluationSpec(_message.Message):
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
     NUM_TIMESTEPS_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """Measure after every so many optimiser steps; 0 measures only at the end. Default 100."""
+    """Measure after every so many optimiser steps; 0 measures only before the first and after the last.
+    Default 100.
+    """
     every_epochs: _builtins.float
     """Measure after every so many epochs; 0 is by steps alone. Default 0."""
     num_images: _builtins.int
