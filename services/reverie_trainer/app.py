@@ -8,28 +8,28 @@ from reverie.training.v1 import training_pb2_grpc
 from reverie_common.rpc.server import ServedService, Server
 from reverie_common.storage import ObjectStore, open_store
 
-from reverie_trainer.jobs.adapter_selection import TransformerConfig
-from reverie_trainer.jobs.changes import Changes
-from reverie_trainer.jobs.checkpoint_config import read_encoder_configs, read_transformer_config
-from reverie_trainer.jobs.database import Database, sqlite_url
-from reverie_trainer.jobs.dataset_servicer import DatasetServicer
-from reverie_trainer.jobs.datasets import Datasets
-from reverie_trainer.jobs.encoder_requirements import EncoderRequirements
-from reverie_trainer.jobs.examination import Examiner
-from reverie_trainer.jobs.imports import Importer
-from reverie_trainer.jobs.inspection import ImageInspector
-from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig
+from reverie_trainer.jobs.admission.checkpoint_config import read_encoder_configs, read_transformer_config
+from reverie_trainer.jobs.admission.encoder_requirements import EncoderRequirements
+from reverie_trainer.jobs.admission.examination import Examiner
+from reverie_trainer.jobs.admission.sampler_requirements import SamplerRequirements
+from reverie_trainer.jobs.api.dataset_servicer import DatasetServicer
+from reverie_trainer.jobs.api.training_servicer import TrainingServicer
+from reverie_trainer.jobs.api.worker_servicer import WorkerServicer
+from reverie_trainer.jobs.catalog.datasets import Datasets
+from reverie_trainer.jobs.catalog.imports import Importer
 from reverie_trainer.jobs.outlets import Dispatcher, OutletFactory
 from reverie_trainer.jobs.outlets.hosts import AllowedHosts
 from reverie_trainer.jobs.outlets.job_files import JobFiles
 from reverie_trainer.jobs.outlets.named_secrets import Secrets
-from reverie_trainer.jobs.preparation import Preparer
-from reverie_trainer.jobs.reconciler import Reconciler, ReconcilerLimits
-from reverie_trainer.jobs.sampler_requirements import SamplerRequirements
-from reverie_trainer.jobs.services import EncoderClient, Services, VaeClient
-from reverie_trainer.jobs.starts import Starts
-from reverie_trainer.jobs.training_servicer import TrainingServicer
-from reverie_trainer.jobs.worker_servicer import WorkerServicer
+from reverie_trainer.jobs.preparing.inspection import ImageInspector
+from reverie_trainer.jobs.preparing.preparation import Preparer
+from reverie_trainer.jobs.preparing.services import EncoderClient, Services, VaeClient
+from reverie_trainer.jobs.running.launcher import LocalLauncher, WorkerCommand
+from reverie_trainer.jobs.running.reconciler import Reconciler, ReconcilerLimits
+from reverie_trainer.jobs.state.changes import Changes
+from reverie_trainer.jobs.state.database import Database, sqlite_url
+from reverie_trainer.jobs.state.starts import Starts
 from reverie_trainer.settings import TrainerSettings
 
 _PACKAGE = "reverie.training.v1"

@@ -23,9 +23,9 @@ SERVICERS = {
     "EncoderService": "reverie_encoder.servicer:EncoderServicer",
     "VaeService": "reverie_vae.servicer:VaeServicer",
     "SamplingService": "reverie_sampler.servicer:SamplerServicer",
-    "TrainingService": "reverie_trainer.jobs.training_servicer:TrainingServicer",
-    "DatasetService": "reverie_trainer.jobs.dataset_servicer:DatasetServicer",
-    "WorkerService": "reverie_trainer.jobs.worker_servicer:WorkerServicer",
+    "TrainingService": "reverie_trainer.jobs.api.training_servicer:TrainingServicer",
+    "DatasetService": "reverie_trainer.jobs.api.dataset_servicer:DatasetServicer",
+    "WorkerService": "reverie_trainer.jobs.api.worker_servicer:WorkerServicer",
 }
 INTERNAL = {"WorkerService"}
 MUTATIONS = re.compile(r"^(Create|Cancel|Resume|Fork|Request|Import|Delete|Add)(?!Uploads)")

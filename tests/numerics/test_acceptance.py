@@ -34,8 +34,8 @@ from reverie_hidream.transformer import (
     predict_velocity,
     prepare_transformer,
 )
-from reverie_trainer.jobs.buckets import Bucket, steps_per_epoch
-from reverie_trainer.jobs.geometry import Geometry, ImageSize, target_size
+from reverie_trainer.jobs.preparing.buckets import Bucket, steps_per_epoch
+from reverie_trainer.jobs.preparing.geometry import Geometry, ImageSize, target_size
 from reverie_trainer.jobs.spec import Optimization
 from reverie_trainer.worker.choices import Chance
 from reverie_trainer.worker.data import BatchMaker

@@ -17,7 +17,7 @@ from reverie_hidream.adapters.config import (
     LycorisConfig,
 )
 
-from reverie_trainer.jobs.adapter_counts import option_value
+from reverie_trainer.jobs.admission.adapter_counts import option_value
 from reverie_trainer.jobs.spec import Adapter, FullRank, JobSpec, LokrAdapter, LoraAdapter, LycorisAdapter
 from reverie_trainer.jobs.spec import LokrOverrides as ChosenOverrides
 from reverie_trainer.jobs.spec import LokrPreset as ChosenPreset

@@ -15,7 +15,7 @@ from reverie_common.errors import (
 from reverie_hidream.adapters.config import AdapterMatchesNothingError
 from reverie_hidream.training.step import NonFiniteLossError
 
-from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.running.failures import JobFailedError
 from reverie_trainer.worker.proof import ExportRefutedError, NothingLearntError
 
 

@@ -11,7 +11,7 @@ from reverie.training.v1.training_pb2 import WORKER_OUTCOME_SUCCEEDED, CompleteJ
 from reverie_common.storage import JSON_MEDIA_TYPE, OBJECT_MEDIA_TYPE, ObjectStore, put_object
 from reverie_common.storage.keys import artifact_key
 
-from reverie_trainer.jobs.artifacts import adapter_path, ema_adapter_path
+from reverie_trainer.jobs.state.artifacts import adapter_path, ema_adapter_path
 from reverie_trainer.worker.adapter_file import lycoris_config_file
 from reverie_trainer.worker.job import LeasedJob
 from reverie_trainer.worker.model import ModelLoader, TrainedAdapter

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from reverie.training.v1.measures_pb2 import EvaluationResult, TimestepLoss
 from reverie_hidream.training.evaluation import Evaluation, EvaluationBatch
 
-from reverie_trainer.jobs.epochs import EpochClock
+from reverie_trainer.jobs.preparing.epochs import EpochClock
 from reverie_trainer.jobs.spec import Evaluation as EvaluationChoice
 from reverie_trainer.worker.outbox import Outbox
 

@@ -19,10 +19,10 @@ import torch
 from reverie.common.v1.common_pb2 import TensorRef
 from reverie_common.errors import ObjectNotFoundError
 
-from reverie_trainer.jobs.failures import JobFailedError
-from reverie_trainer.jobs.progress import StageProgress
-from reverie_trainer.jobs.prompts import EncodedPrompts, EncoderPlan, encode_prompts, plan_encoders
-from reverie_trainer.jobs.services import EncoderClient
+from reverie_trainer.jobs.preparing.progress import StageProgress
+from reverie_trainer.jobs.preparing.prompts import EncodedPrompts, EncoderPlan, encode_prompts, plan_encoders
+from reverie_trainer.jobs.preparing.services import EncoderClient
+from reverie_trainer.jobs.running.failures import JobFailedError
 from reverie_trainer.worker.control_thread import ControlThread
 from reverie_trainer.worker.outbox import Outbox
 from reverie_trainer.worker.samples import Caption

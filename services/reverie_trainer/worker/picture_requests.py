@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from reverie.common.v1.common_pb2 import ObjectRef
 from reverie.sampling.v1.sampling_pb2 import SampleRequest
 
-from reverie_trainer.jobs.prompt_library import prompts_of
+from reverie_trainer.jobs.preparing.prompt_library import prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt
 
 

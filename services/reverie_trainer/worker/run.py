@@ -26,7 +26,7 @@ from reverie_common.storage import ObjectStore, get_object, open_store
 from reverie_hidream.checkpoint import resolve_checkpoint
 from reverie_hidream.training.draws import SampleDraws
 
-from reverie_trainer.jobs.prompt_library import prompts_of
+from reverie_trainer.jobs.preparing.prompt_library import prompts_of
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.checkpoints import CheckpointSaver, SavedCheckpoint, read_state
 from reverie_trainer.worker.choices import Chance

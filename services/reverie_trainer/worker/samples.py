@@ -11,9 +11,9 @@ from google.protobuf.json_format import ParseDict, ParseError
 from reverie.common.v1.common_pb2 import TensorRef
 from reverie_common.errors import IntegrityError
 
-from reverie_trainer.jobs.buckets import EVALUATION, scheduled_passes
-from reverie_trainer.jobs.epochs import StepRange
-from reverie_trainer.jobs.prepared import FORMAT as MANIFEST_FORMAT
+from reverie_trainer.jobs.preparing.buckets import EVALUATION, scheduled_passes
+from reverie_trainer.jobs.preparing.epochs import StepRange
+from reverie_trainer.jobs.preparing.prepared import FORMAT as MANIFEST_FORMAT
 from reverie_trainer.jobs.spec import JobSpec
 from reverie_trainer.worker.schedule import SampleGroup, ScheduledDataset
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from reverie_hidream.randomness import Draw
 
-from reverie_trainer.jobs.epochs import EpochClock, Phase, StepRange, phases_of
+from reverie_trainer.jobs.preparing.epochs import EpochClock, Phase, StepRange, phases_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,7 +9,7 @@ from functools import partial
 from reverie.training.v1.job_pb2 import StepMetrics
 from reverie_hidream.training.step import StepResult
 
-from reverie_trainer.jobs.epochs import EpochClock
+from reverie_trainer.jobs.preparing.epochs import EpochClock
 from reverie_trainer.worker import metrics
 from reverie_trainer.worker.adapter_file import adapter_metadata
 from reverie_trainer.worker.checkpoints import CheckpointContents, CheckpointSaver

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -39,7 +39,7 @@ RETRY_POLICY = {
 RETURN_SECONDS = 0.05
 
 
-def connect(target: str, *, retries: bool = True, options: dict[str, str | int] | None = None) -> grpc.aio.Channel:
+def connect(target: str, *, retries: bool = True, options: Mapping[str, str | int] | None = None) -> grpc.aio.Channel:
     """Make a channel; it connects when first used and again whenever the connection breaks.
 
     Calls that fail with UNAVAILABLE before an answer began are repeated up to three times within their deadline: every

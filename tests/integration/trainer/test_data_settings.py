@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from reverie.training.v1 import job_pb2, training_pb2
-from reverie_trainer.jobs.epochs import StepRange
+from reverie_trainer.jobs.preparing.epochs import StepRange
 from reverie_trainer.jobs.spec import JobSpec, spec_from_proto
 from reverie_trainer.worker.samples import PreparedData, read_manifest
 from reverie_trainer.worker.schedule import Schedule

@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from reverie_trainer.jobs.changes import Changes, wait_for
-from reverie_trainer.jobs.database import Database, mark_changed, migrate, sqlite_url
-from reverie_trainer.jobs.models import Base, DatasetRow
+from reverie_trainer.jobs.state.changes import Changes, wait_for
+from reverie_trainer.jobs.state.database import Database, mark_changed, migrate, sqlite_url
+from reverie_trainer.jobs.state.models import Base, DatasetRow
 from sqlalchemy.orm import Session
 
 

@@ -9,7 +9,7 @@ from reverie_common.errors import FailedPreconditionError, InvalidArgumentError,
 from reverie_common.rpc.channel import translated
 from reverie_common.storage import RawTensor, unpack_tensors
 from reverie_common.storage.keys import checkpoint_manifest_key
-from reverie_trainer.jobs.checkpoints import checkpoint_steps
+from reverie_trainer.jobs.state.checkpoints import checkpoint_steps
 from reverie_trainer.worker.checkpoints import CheckpointContents, write_checkpoint
 
 CATS = [("300x200", ["a cat"]), ("310x210", ["two cats"])]

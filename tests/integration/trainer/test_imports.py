@@ -14,7 +14,7 @@ from reverie_common.errors import FailedPreconditionError, InvalidArgumentError,
 from reverie_common.rpc.channel import translated
 from reverie_common.storage import S3Store
 from reverie_common.storage.keys import image_key
-from reverie_trainer.jobs.downloads import DownloadError, DownloadLimits, download
+from reverie_trainer.jobs.catalog.downloads import DownloadError, DownloadLimits, download
 
 Answer = tuple[int, dict[str, str], bytes]
 

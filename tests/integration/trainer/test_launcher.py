@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from reverie_trainer.jobs.launcher import LocalLauncher, WorkerCommand
+from reverie_trainer.jobs.running.launcher import LocalLauncher, WorkerCommand
 
 MakeLauncher = Callable[..., LocalLauncher]
 

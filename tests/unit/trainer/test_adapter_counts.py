@@ -11,7 +11,7 @@ from reverie_hidream.adapters import LokrConfig, LoraConfig, LycorisConfig, atta
 from reverie_hidream.adapters.config import AdapterConfig
 from reverie_hidream.adapters.lokr import count_modules
 from reverie_hidream.transformer import REAL_CONFIG, build_meta_transformer
-from reverie_trainer.jobs.adapter_selection import TransformerConfig, select_adapter
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig, select_adapter
 from reverie_trainer.jobs.spec import (
     Adapter,
     FullRank,

@@ -9,7 +9,7 @@ import yaml
 from google.protobuf.json_format import ParseDict
 from reverie.training.v1 import job_pb2
 from reverie_hidream.transformer import REAL_CONFIG
-from reverie_trainer.jobs.adapter_selection import TransformerConfig, select_adapter
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig, select_adapter
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.spec import Adapter, spec_from_proto
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 from reverie_common.lycoris_presets import factorization
-from reverie_trainer.jobs.adapter_counts import module_parameters, settings_of
-from reverie_trainer.jobs.adapter_selection import (
+from reverie_trainer.jobs.admission.adapter_counts import module_parameters, settings_of
+from reverie_trainer.jobs.admission.adapter_selection import (
     TransformerConfig,
     enumerate_modules,
     num_transformer_parameters,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from reverie_trainer.jobs.buckets import (
+from reverie_trainer.jobs.preparing.buckets import (
     Bucket,
     count_buckets,
     describe_empty,

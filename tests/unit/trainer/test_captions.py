@@ -5,8 +5,8 @@ from itertools import permutations
 
 import pytest
 from reverie.common.v1 import common_pb2
-from reverie_trainer.jobs.captions import NUM_ORDERS, caption_orders, captions_of, shuffled_orders
-from reverie_trainer.jobs.manifests import Sample
+from reverie_trainer.jobs.catalog.manifests import Sample
+from reverie_trainer.jobs.preparing.captions import NUM_ORDERS, caption_orders, captions_of, shuffled_orders
 from reverie_trainer.jobs.spec import DatasetChoice
 
 SAMPLE = Sample(name="old/a_red_cat.png", image=common_pb2.ObjectRef(), captions=("a cat", "un chat"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reverie_hidream.text import ENCODER_NAMES, load_text_encoder
-from reverie_trainer.jobs.encoder_estimate import (
+from reverie_trainer.jobs.admission.encoder_estimate import (
     ENCODER_PARTS,
     RELEASED_CONFIGS,
     count_parameters,

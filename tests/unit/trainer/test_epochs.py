@@ -1,7 +1,7 @@
 """Steps and epochs, with datasets that come and go."""
 
 import pytest
-from reverie_trainer.jobs.epochs import EpochClock, StepRange, phases_of, steps_without_data
+from reverie_trainer.jobs.preparing.epochs import EpochClock, StepRange, phases_of, steps_without_data
 
 TWO_SIZES = (StepRange(first=1, last=500), StepRange(first=501))
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from reverie_trainer.jobs.geometry import (
+from reverie_trainer.jobs.preparing.geometry import (
     Geometry,
     ImagePlan,
     ImageSize,

@@ -16,8 +16,8 @@ from reverie_hidream.transformer import (
     predict_velocity,
     prepare_transformer,
 )
-from reverie_trainer.jobs.adapter_selection import TransformerConfig, select_adapter
-from reverie_trainer.jobs.memory_estimate import Batch, largest_batch, text_values, total_bytes, worker_memory
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig, select_adapter
+from reverie_trainer.jobs.admission.memory_estimate import Batch, largest_batch, text_values, total_bytes, worker_memory
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter, LokrPreset, Memory, ModelChoice, Optimization
 from reverie_trainer.jobs.spec.measures import Ema
 from torch import nn

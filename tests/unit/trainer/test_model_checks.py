@@ -10,9 +10,9 @@ from google.protobuf.json_format import ParseDict
 from reverie.encoder.v1 import encoder_pb2
 from reverie.training.v1 import job_pb2
 from reverie_hidream.precisions import BASE_PRECISIONS, ENCODER_PRECISIONS, REFUSED
+from reverie_trainer.jobs.admission.encoder_requirements import require_precisions, unmet
 from reverie_trainer.jobs.checks import check_spec
-from reverie_trainer.jobs.encoder_requirements import require_precisions, unmet
-from reverie_trainer.jobs.failures import JobFailedError
+from reverie_trainer.jobs.running.failures import JobFailedError
 from reverie_trainer.jobs.spec import spec_from_proto
 
 MINIMAL: dict[str, object] = {

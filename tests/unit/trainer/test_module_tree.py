@@ -5,7 +5,7 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from lycoris.functional.general import factorization as lycoris_factorization
 from reverie_common.lycoris_presets import factorization
-from reverie_trainer.jobs.adapter_selection import (
+from reverie_trainer.jobs.admission.adapter_selection import (
     TransformerConfig,
     enumerate_modules,
     num_transformer_parameters,

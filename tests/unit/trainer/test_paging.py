@@ -2,7 +2,7 @@
 
 import pytest
 from reverie_common.errors import InvalidArgumentError
-from reverie_trainer.jobs.paging import read_page, write_token
+from reverie_trainer.jobs.api.paging import read_page, write_token
 
 
 def test_zero_means_the_default_and_large_sizes_are_lowered() -> None:

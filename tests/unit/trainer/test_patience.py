@@ -4,8 +4,15 @@ from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 from reverie_common.errors import InternalError, InvalidArgumentError, NotFoundError, ReverieError, UnavailableError
-from reverie_trainer.jobs.failures import JobFailedError
-from reverie_trainer.jobs.patience import Patience, ask_in_chunks, both, is_worth_repeating, patiently, tell_nobody
+from reverie_trainer.jobs.preparing.patience import (
+    Patience,
+    ask_in_chunks,
+    both,
+    is_worth_repeating,
+    patiently,
+    tell_nobody,
+)
+from reverie_trainer.jobs.running.failures import JobFailedError
 
 
 class Asked:

@@ -8,7 +8,7 @@ from google.protobuf.json_format import ParseDict
 from reverie.training.v1.job_pb2 import TrainingJob, TrainingJobEvent, TrainingJobSpec, ValidationImage
 from reverie_trainer.jobs.checks import check_spec
 from reverie_trainer.jobs.outlets.messages import message_of
-from reverie_trainer.jobs.prompt_library import LIBRARY, LIBRARY_PREFIX, prompt_texts, prompts_of
+from reverie_trainer.jobs.preparing.prompt_library import LIBRARY, LIBRARY_PREFIX, prompt_texts, prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt, spec_from_proto
 
 OWN = ValidationPrompt(name="cat", prompt="a cat")

@@ -6,9 +6,9 @@ import pytest
 from reverie.encoder.v1 import encoder_pb2
 from reverie_client.cli.job_text import estimate_lines
 from reverie_hidream.transformer import REAL_CONFIG
-from reverie_trainer.jobs.adapter_selection import TransformerConfig, select_adapter
-from reverie_trainer.jobs.buckets import Bucket
-from reverie_trainer.jobs.resources import Demand, Resources
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig, select_adapter
+from reverie_trainer.jobs.admission.resources import Demand, Resources
+from reverie_trainer.jobs.preparing.buckets import Bucket
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec, LokrAdapter, LokrPreset, ModelChoice, Optimization
 
 CONFIG = TransformerConfig.from_json(REAL_CONFIG)

@@ -5,8 +5,8 @@ import math
 import pytest
 from reverie.training.v1 import job_pb2
 from reverie_hidream.transformer import REAL_CONFIG
-from reverie_trainer.jobs.adapter_selection import TransformerConfig
-from reverie_trainer.jobs.storage_estimate import storage_parts, storage_totals
+from reverie_trainer.jobs.admission.adapter_selection import TransformerConfig
+from reverie_trainer.jobs.admission.storage_estimate import storage_parts, storage_totals
 
 RELEASED = TransformerConfig.from_json(REAL_CONFIG)
 CAPTIONS = 10_000

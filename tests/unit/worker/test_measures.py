@@ -6,7 +6,7 @@ import pytest
 import torch
 from reverie_hidream.conditioning import TextConditioning
 from reverie_hidream.training.evaluation import Evaluation, EvaluationBatch, TimestepLoss
-from reverie_trainer.jobs.epochs import EpochClock, StepRange
+from reverie_trainer.jobs.preparing.epochs import EpochClock, StepRange
 from reverie_trainer.jobs.spec import Evaluation as EvaluationChoice
 from reverie_trainer.worker.measures import Measures
 from reverie_trainer.worker.outbox import Outbox

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from reverie_common.errors import IntegrityError
-from reverie_trainer.jobs.epochs import StepRange
+from reverie_trainer.jobs.preparing.epochs import StepRange
 from reverie_trainer.jobs.spec import JobSpec, Optimization
 from reverie_trainer.worker.samples import read_manifest
 from reverie_trainer.worker.schedule import SampleGroup

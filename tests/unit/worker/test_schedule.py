@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from reverie_trainer.jobs.epochs import StepRange
+from reverie_trainer.jobs.preparing.epochs import StepRange
 from reverie_trainer.worker.schedule import SampleGroup, Schedule, ScheduledDataset, Visit, draw_turns
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from reverie_common.errors import FieldViolation
 
-from reverie_trainer.jobs.adapter_counts import KNOWN_SETTINGS, OPTION_TYPES, option_value, settings_of
+from reverie_trainer.jobs.admission.adapter_counts import KNOWN_SETTINGS, OPTION_TYPES, option_value, settings_of
 from reverie_trainer.jobs.checks.rules import between, one_of, positive, real, violation
 from reverie_trainer.jobs.spec import (
     Adapter,

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from reverie_common.errors import FieldViolation
 
-from reverie_trainer.jobs.buckets import EVALUATION, step_range
 from reverie_trainer.jobs.checks.rules import JOB_NAME, between, name, one_of, real, text, violation
-from reverie_trainer.jobs.epochs import phases_of, steps_without_data
+from reverie_trainer.jobs.preparing.buckets import EVALUATION, step_range
+from reverie_trainer.jobs.preparing.epochs import phases_of, steps_without_data
 from reverie_trainer.jobs.spec import DatasetChoice, JobSpec
 
 MAX_REPEATS = 1_000_000

@@ -6,7 +6,7 @@ from reverie_common.errors import FieldViolation
 from reverie_hidream.precisions import QUANTIZE_VIA, refusal
 
 from reverie_trainer.jobs.checks.rules import between, one_of, violation
-from reverie_trainer.jobs.services import ENCODER_NAMES
+from reverie_trainer.jobs.preparing.services import ENCODER_NAMES
 from reverie_trainer.jobs.spec import FullRank, JobSpec, ModelChoice
 
 FLAVOURS = ("full", "dev", "fast")

@@ -8,7 +8,7 @@ from reverie_common.sampling_methods import SCHEDULERS
 
 from reverie_trainer.jobs.checks.measures import MAX_EPOCHS
 from reverie_trainer.jobs.checks.rules import PROMPT_NAME, between, name, one_of, real, repeated, text, violation
-from reverie_trainer.jobs.prompt_library import LIBRARY_PREFIX, prompts_of
+from reverie_trainer.jobs.preparing.prompt_library import LIBRARY_PREFIX, prompts_of
 from reverie_trainer.jobs.spec import Validation, ValidationPrompt
 
 MAX_PROMPTS = 100

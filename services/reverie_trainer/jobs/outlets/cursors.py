@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from reverie_trainer.jobs.models import OutletRow
+from reverie_trainer.jobs.state.models import OutletRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

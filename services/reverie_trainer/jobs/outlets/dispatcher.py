@@ -10,13 +10,13 @@ from reverie.training.v1 import job_pb2
 from reverie_common.errors import UnavailableError
 from sqlalchemy.orm import Session
 
-from reverie_trainer.jobs.changes import wait_for
-from reverie_trainer.jobs.database import Database
-from reverie_trainer.jobs.events import append_notice, watch
 from reverie_trainer.jobs.outlets.cursors import Cursor, advance_cursor, unfinished_cursors
 from reverie_trainer.jobs.outlets.outlet import NOTICE_PREFIX, Outlet, OutletFailedError
-from reverie_trainer.jobs.records import job_message
-from reverie_trainer.jobs.repository import WARNING, get_job
+from reverie_trainer.jobs.state.changes import wait_for
+from reverie_trainer.jobs.state.database import Database
+from reverie_trainer.jobs.state.events import append_notice, watch
+from reverie_trainer.jobs.state.records import job_message
+from reverie_trainer.jobs.state.repository import WARNING, get_job
 
 logger = logging.getLogger(__name__)
 

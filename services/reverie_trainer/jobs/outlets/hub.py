@@ -16,8 +16,8 @@ from reverie_common.storage import ObjectStore, get_object
 from reverie_trainer.jobs.outlets.job_files import JobFiles
 from reverie_trainer.jobs.outlets.model_card import ADAPTER_FILE, CardSample, model_card, result_file
 from reverie_trainer.jobs.outlets.outlet import OutletFailedError
-from reverie_trainer.jobs.prompt_library import prompt_texts
-from reverie_trainer.jobs.records import SUCCEEDED
+from reverie_trainer.jobs.preparing.prompt_library import prompt_texts
+from reverie_trainer.jobs.state.records import SUCCEEDED
 
 # Its bars are for terminals.
 disable_progress_bars()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from reverie.common.v1 import common_pb2
 from sqlalchemy.orm import Session
 
-from reverie_trainer.jobs.database import Database
-from reverie_trainer.jobs.repository import list_artifacts, put_artifact
+from reverie_trainer.jobs.state.database import Database
+from reverie_trainer.jobs.state.repository import list_artifacts, put_artifact
 
 _ALL = 1_000_000
 

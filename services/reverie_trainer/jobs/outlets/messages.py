@@ -7,8 +7,8 @@ from typing import Any
 from reverie.common.v1 import common_pb2
 from reverie.training.v1 import job_pb2
 
-from reverie_trainer.jobs.prompt_library import prompt_texts
-from reverie_trainer.jobs.records import CANCELLED, FAILED, PREPARING, SUCCEEDED, TRAINING, state_name
+from reverie_trainer.jobs.preparing.prompt_library import prompt_texts
+from reverie_trainer.jobs.state.records import CANCELLED, FAILED, PREPARING, SUCCEEDED, TRAINING, state_name
 
 SEVERITIES = ("debug", "info", "warning", "error", "critical")
 """From the least to the greatest."""

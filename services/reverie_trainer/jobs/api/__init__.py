@@ -1,0 +1,1 @@
+"""What callers and workers of the trainer ask: the servicers, and what they share."""

@@ -1,0 +1,1 @@
+"""Datasets: their versions, what is added to them, and from where."""

@@ -1,0 +1,1 @@
+"""Driving jobs from state to state, and starting their workers."""
