@@ -135,7 +135,8 @@ def evaluate(
         part = work[start : start + settings.batch_size]
         pictures = painter.draw([caption for caption, _ in part], [seed for _, seed in part], settings, load.predict)
         scores += [
-            score(parse_caption(caption), read_picture(picture)) for (caption, _), picture in zip(part, pictures)
+            score(parse_caption(caption), read_picture(picture))
+            for (caption, _), picture in zip(part, pictures, strict=True)
         ]
         sys.stderr.write(f"\rpictures {len(scores)}/{len(work)}")
         sys.stderr.flush()

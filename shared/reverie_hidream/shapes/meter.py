@@ -139,8 +139,9 @@ def _nearest(pixels: _Floats) -> npt.NDArray[np.intp]:
 def _thing(pixels: _Floats, ground: _Floats, contrast: _Floats, mask: _Mask) -> ThingReading:
     inner = mask & (contrast >= np.median(contrast[mask]))
     ink: _Floats = np.median(pixels[inner], axis=0)
-    shares = _shares(pixels, ground, ink) * _grown(mask)
+    shares, (left, top) = _cropped(_shares(pixels, ground, ink) * _grown(mask))
     shape, overlap, (x, y, radius) = _shape(shares)
+    x, y = x + left, y + top
     height, width = mask.shape
     return ThingReading(
         shape=shape if overlap >= MIN_OVERLAP else None,
@@ -160,6 +161,14 @@ def _shares(pixels: _Floats, ground: _Floats, ink: _Floats) -> _Floats:
     way = ink - ground
     shares: _Floats = np.clip((pixels - ground) @ way / (way @ way), 0.0, 1.0)
     return shares
+
+
+def _cropped(shares: _Floats) -> tuple[_Floats, tuple[int, int]]:
+    """The box around a thing, with room for shapes that fit it badly, and its upper left corner (x, y)."""
+    rows, columns = np.flatnonzero(shares.any(axis=1)), np.flatnonzero(shares.any(axis=0))
+    room = max(rows[-1] - rows[0], columns[-1] - columns[0]) // 2
+    top, left = max(0, int(rows[0] - room)), max(0, int(columns[0] - room))
+    return shares[top : rows[-1] + room + 1, left : columns[-1] + room + 1], (left, top)
 
 
 def _grown(mask: _Mask) -> _Mask:

@@ -205,7 +205,9 @@ def _one_of(generator: np.random.Generator, options: tuple[str, ...]) -> str:
 
 def _jittered(generator: np.random.Generator, name: str) -> Colour:
     offsets = generator.integers(-_COLOUR_JITTER, _COLOUR_JITTER + 1, size=3)
-    red, green, blue = (int(np.clip(level + offset, 0, 255)) for level, offset in zip(COLOURS[name], offsets))
+    red, green, blue = (
+        int(np.clip(level + offset, 0, 255)) for level, offset in zip(COLOURS[name], offsets, strict=True)
+    )
     return red, green, blue
 
 
