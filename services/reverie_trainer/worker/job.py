@@ -26,6 +26,8 @@ class LeasedJob:
     data: PreparedData
     checkpoint: SavedCheckpoint | None
     """Where an earlier worker came to; None for a fresh start."""
+    last_reported_step: int = 0
+    """The last step that the trainer knows of; an earlier worker may have saved more than it could report."""
 
     @property
     def adapter(self) -> Adapter:
@@ -56,6 +58,11 @@ class LeasedJob:
         return self.checkpoint is not None and self.checkpoint.step == 0
 
     @property
+    def begins_at_anothers(self) -> bool:
+        """Whether the checkpoint is another job's, whose steps are none of this one."""
+        return self.checkpoint is not None and "start" in self.checkpoint.scalars
+
+    @property
     def first_step(self) -> int:
         """The first step to train, from 1."""
         return 1 if self.checkpoint is None else self.checkpoint.step + 1
@@ -73,4 +80,5 @@ def read_job(store: ObjectStore, lease: LeaseJobResponse) -> LeasedJob:
         spec=spec_from_proto(lease.job.spec),
         data=read_manifest(get_object(store, lease.prepared)),
         checkpoint=checkpoint,
+        last_reported_step=lease.job.step,
     )

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from reverie.training.v1.job_pb2 import StepMetrics
 
-FIELDS = ("step", "loss", "learning_rate", "gradient_norm", "step_seconds", "data_wait_seconds", "gradient_absmax")
+FIELDS = (
+    "step",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "step_seconds",
+    "data_wait_seconds",
+    "gradient_absmax",
+    "epoch",
+)
 OPTIONAL_FIELDS = ("load_balancing_loss", "regularisation_loss", "router_entropy", "rollout_share")
 
 
@@ -25,6 +35,13 @@ class MetricsLog:
         if metrics.expert_load:
             values["expert_load"] = list(metrics.expert_load)
         self._lines.append(json.dumps(values).encode())
+
+    def after(self, step: int) -> Iterator[StepMetrics]:
+        """Yield the figures of every step after one."""
+        for line in self._lines:
+            values = json.loads(line)
+            if values["step"] > step:
+                yield StepMetrics(**values)
 
     def body(self) -> bytes:
         """The file."""

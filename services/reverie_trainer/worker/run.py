@@ -157,6 +157,10 @@ class _Worker:
             job=job,
         )
         log = MetricsLog(self._metrics_so_far(job))
+        if not job.begins_at_anothers:
+            # What an earlier worker saved and was killed before it could report.
+            for figures in log.after(job.last_reported_step):
+                self.office.outbox.step(figures)
         with self._pictures(job) as pictures:
             trained = self._train(job, loader, log, pictures)
             if trained is None:

@@ -276,7 +276,11 @@ class RunningTrainer:
     async def watch(self, job_id: str, after_sequence: int = 0) -> list[job_pb2.TrainingJobEvent]:
         """Follow a job to its end."""
         request = training_pb2.WatchTrainingJobRequest(job_id=job_id, after_sequence=after_sequence)
-        return [response.event async for response in self.training.WatchTrainingJob(request, timeout=30)]
+        return [response.event async for response in self._watch(request)]
+
+    def _watch(self, request: training_pb2.WatchTrainingJobRequest) -> Any:
+        # A trainer that was just started again on its old port: gRPC remembers for a while that nobody was there.
+        return self.training.WatchTrainingJob(request, timeout=30, wait_for_ready=True)
 
     async def finish(self, job_id: str) -> job_pb2.TrainingJob:
         """Follow a job to its end and return it as it rests."""

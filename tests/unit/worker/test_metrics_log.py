@@ -32,3 +32,11 @@ def test_goes_on_where_a_checkpoint_ended() -> None:
     second = MetricsLog(first.body())
     second.add(StepMetrics(step=2))
     assert [json.loads(line)["step"] for line in second.body().splitlines()] == [1, 2]
+
+
+def test_gives_back_the_steps_that_nobody_was_told_of() -> None:
+    log = MetricsLog()
+    figures = [StepMetrics(step=step, loss=1 / step, rollout_share=0.5, expert_load=[0.5, 0.5]) for step in (1, 2, 3)]
+    for each in figures:
+        log.add(each)
+    assert list(MetricsLog(log.body()).after(1)) == figures[1:]
