@@ -18,6 +18,6 @@ def test_one_output_that_an_expert_flip_moved_spoils_nothing() -> None:
 
 def test_file_that_is_wrong_everywhere_is_refuted() -> None:
     difference, tolerance = _closest(1.05 * BASE, TRAINED, BASE, 1e-4)
-    assert difference == pytest.approx(0.05 / 1.1)
+    assert difference == pytest.approx(0.05 / 1.1, rel=1e-4)
     with pytest.raises(ExportRefutedError, match="differs from the trained one"):
         _require(Proof(change=0.05, difference=difference, tolerance=tolerance, picture_change=0.1))
