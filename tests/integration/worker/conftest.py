@@ -59,9 +59,12 @@ class RecordingTrainer(WorkerServiceServicer):
         self, request: training_pb2.LeaseJobRequest, context: Any
     ) -> training_pb2.LeaseJobResponse:
         self.leases.append(request)
+        job = TrainingJob()
+        job.CopyFrom(self.job)
+        job.step = max((event.step.step for event in self.events), default=0)
         return training_pb2.LeaseJobResponse(
             lease_id=f"lease-{len(self.leases)}",
-            job=self.job,
+            job=job,
             prepared=self.prepared,
             checkpoint=self.checkpoint,
             lease_seconds=30.0,

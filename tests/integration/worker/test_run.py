@@ -249,3 +249,13 @@ def _stop_after(trainer: Any, step: int) -> Callable[[TrainingJobEvent], None]:
 def _manifest(prepared: Any, job_id: str, step: int) -> Any:
     key = checkpoint_manifest_key(job_id, step)
     return put_object(prepared.store, key, prepared.store.get(key))
+
+
+def test_steps_that_a_killed_worker_saved_but_never_told_are_told_by_the_next(prepared: Any, work: Work) -> None:
+    trainer = prepared.trainer(name="job-untold")
+    work(trainer)
+    told = trainer.of_kind("step")
+    trainer.checkpoint = _manifest(prepared, "job-untold", 6)
+    trainer.events[:] = [event for event in trainer.events if not event.HasField("step") or event.step.step <= 4]
+    assert work(trainer) == 0
+    assert trainer.of_kind("step") == told
