@@ -61,7 +61,7 @@ class RecordingTrainer(WorkerServiceServicer):
         self.leases.append(request)
         job = TrainingJob()
         job.CopyFrom(self.job)
-        job.step = max((event.step.step for event in self.events), default=0)
+        job.step = max((event.step.step for event in self.events), default=self.job.step)
         return training_pb2.LeaseJobResponse(
             lease_id=f"lease-{len(self.leases)}",
             job=job,
